@@ -1,0 +1,1 @@
+"""Any Llama, any checkpoint layout, any number of ranks."""

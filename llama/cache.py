@@ -1,0 +1,83 @@
+"""Keys and values of the tokens seen so far, sized to the request.
+
+A cache has slots, one a sequence, each with its own length: the entry of a token stands at the index
+of its position, and a query sees the entries up to its own position. Entries beyond a slot's length
+are leftovers that no query sees before they are written again.
+
+Shape legend: B slots in use, T tokens, S entries a slot, K KV heads of this rank, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """Keys and values of `n_slots` sequences of at most `length` tokens, for every layer.
+
+    Args:
+        n_layers, n_kv_heads, head_dim: geometry of this rank's shard.
+        n_slots: sequences at a time.
+        length: tokens a sequence.
+        device, dtype: those of the keys.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        n_slots: int,
+        length: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        shape = (n_slots, n_kv_heads, length, head_dim)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.n_slots, self.length = n_slots, length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the cache holds on this rank."""
+        return sum(entry.nbytes for entry in (*self.k, *self.v))
+
+    def view(self, slots: Tensor | None = None, visible: int | None = None, fresh: bool = False) -> CacheView:
+        """What one forward pass sees: some slots, up to some length.
+
+        Args:
+            slots: [B] int64, one a row of the batch; None for all of them in order.
+            visible: entries that the queries may look at; None for all.
+            fresh: the rows start at position 0, so they see nothing but themselves.
+        """
+        return CacheView(self, slots, self.length if visible is None else visible, fresh)
+
+
+class CacheView:
+    """The part of a `KVCache` that one forward pass writes and reads."""
+
+    def __init__(self, cache: KVCache, slots: Tensor | None, visible: int, fresh: bool) -> None:
+        self.cache, self.slots, self.visible, self.fresh = cache, slots, visible, fresh
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """Which entries each query sees: [B, 1, T, S] bool; None for plain causal attention."""
+        if self.fresh:
+            return None
+        entries = torch.arange(self.visible, device=positions.device)
+        return (entries <= positions.unsqueeze(-1)).unsqueeze(1)
+
+    def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v [B, T, K, D] at `positions` [B, T]; return what the queries see, [B, K, S, D]."""
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        rows = self.slots
+        if rows is None:
+            rows = torch.arange(k.shape[0], device=k.device)
+        keys[rows.unsqueeze(1), :, positions] = k
+        values[rows.unsqueeze(1), :, positions] = v
+        if self.fresh:
+            return k.transpose(1, 2), v.transpose(1, 2)
+        if self.slots is not None:
+            keys, values = keys[self.slots], values[self.slots]
+        return keys[:, :, : self.visible], values[:, :, : self.visible]

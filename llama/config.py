@@ -1,0 +1,361 @@
+"""The geometry of a Llama: read from Meta's `params.json` or Hugging Face's `config.json`.
+
+Nothing here needs torch, so that a plan can be made before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.console import notice
+from llama.errors import CheckpointError
+
+# (dim, n_layers) of Llama 3.2 1B and 3B, whose RoPE factor Meta's params.json does not tell.
+LLAMA_3_2_GEOMETRIES = frozenset({(2048, 16), (3072, 28)})
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE frequencies are stretched beyond the context a model was trained on.
+
+    Args:
+        factor: by how much low frequencies are slowed down.
+        kind: `llama3` (Llama 3.1, section 3.4.2 of arXiv:2407.21783, as in llama-models) or
+            `linear` (position interpolation, arXiv:2306.15595).
+        low_freq_factor, high_freq_factor: wavelengths longer than `original_context / low` are
+            scaled in full, those shorter than `original_context / high` not at all.
+        original_context: tokens of context before the stretch.
+    """
+
+    factor: float
+    kind: str = "llama3"
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("llama3", "linear"):
+            raise CheckpointError(f"RoPE scaling of type {self.kind!r} is not one of llama3, linear, default")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_context"):
+            value = getattr(self, name)
+            if not _is_number(value) or value <= 0:
+                raise CheckpointError(f"RoPE scaling: {name} must be a positive number, found {value!r}")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise CheckpointError(
+                f"RoPE scaling: high_freq_factor {self.high_freq_factor} must exceed "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+
+
+def ffn_width(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
+    """Width of the FFN by Meta's rule: 2/3 of 4 * dim, times the multiplier, rounded up."""
+    width = int(2 * (4 * dim) / 3)
+    if ffn_dim_multiplier is not None:
+        width = int(ffn_dim_multiplier * width)
+    return multiple_of * -(-width // multiple_of)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Every size of a Llama text model.
+
+    Args:
+        dim: width of the residual stream.
+        n_layers, n_heads: transformer blocks; query heads of each.
+        n_kv_heads: key and value heads (grouped-query attention); None means `n_heads`.
+        vocab_size: rows of the embedding; -1 until the tokenizer has decided (Llama 1 and 2).
+        multiple_of, ffn_dim_multiplier: Meta's rule for the FFN width, see `ffn_width`.
+        norm_eps: epsilon of RMSNorm.
+        rope_theta: base of the rotary embedding.
+        rope_scaling: see `RopeScaling`; None for none.
+        ffn_dim: the FFN's final width; None means the rule's.
+        head_dim: width of one head; None means `dim / n_heads`.
+        tied: the output layer is the embedding (Llama 3.2 1B and 3B).
+
+    Raises:
+        CheckpointError: when a size is not positive or the sizes contradict each other.
+    """
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int = None  # type: ignore[assignment]  # an int once __post_init__ has run
+    vocab_size: int = -1
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    ffn_dim: int = None  # type: ignore[assignment]
+    head_dim: int = None  # type: ignore[assignment]
+    tied: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_counts("dim", "n_layers", "n_heads", "multiple_of")
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.vocab_size != -1:
+            self._check_counts("vocab_size")
+        for name in ("norm_eps", "rope_theta"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                raise CheckpointError(f"{name} must be a positive number, found {getattr(self, name)!r}")
+        if self.ffn_dim_multiplier is not None and (
+            not _is_number(self.ffn_dim_multiplier) or self.ffn_dim_multiplier <= 0
+        ):
+            raise CheckpointError(
+                f"ffn_dim_multiplier must be a positive number, found {self.ffn_dim_multiplier!r}"
+            )
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise CheckpointError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.ffn_dim is None:
+            width = ffn_width(self.dim, self.multiple_of, self.ffn_dim_multiplier)
+            object.__setattr__(self, "ffn_dim", width)
+        self._check_counts("n_kv_heads", "head_dim", "ffn_dim")
+        if self.n_heads % self.n_kv_heads:
+            raise CheckpointError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.head_dim % 2:
+            raise CheckpointError(f"head_dim {self.head_dim} is odd: RoPE turns pairs")
+
+    def _check_counts(self, *names: str) -> None:
+        for name in names:
+            if not _is_count(getattr(self, name)):
+                raise CheckpointError(f"{name} must be a positive integer, found {getattr(self, name)!r}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key and value head."""
+        return self.n_heads // self.n_kv_heads
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one transformer block."""
+        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
+        return attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
+
+    @property
+    def n_params(self) -> int:
+        """Parameters as a checkpoint stores them: embedding and output both counted."""
+        return self.n_layers * self.layer_params + 2 * self.vocab_size * self.dim + self.dim
+
+    @property
+    def n_unique_params(self) -> int:
+        """Parameters held in memory: a tied output layer is not counted again."""
+        return self.n_params - (self.vocab_size * self.dim if self.tied else 0)
+
+    def with_vocab_size(self, vocab_size: int) -> ModelArgs:
+        """The same geometry with the vocabulary that the tokenizer or the tensors decide."""
+        return dataclasses.replace(self, vocab_size=vocab_size)
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
+        """Read the content of Meta's `params.json`.
+
+        `use_scaled_rope` means Llama 3.1's scaling, with factor 32 for the two 3.2 geometries and 8
+        otherwise, unless an explicit `rope_scaling` (our own extension) or Meta's later
+        `rope_scaling_factor` says it.
+
+        Raises:
+            CheckpointError: for an unknown or missing key, named, or an impossible size.
+        """
+        if not isinstance(params, Mapping):
+            raise CheckpointError(f"params.json must hold an object, found {type(params).__name__}")
+        unknown = sorted(set(params) - _PARAMS_USED - _PARAMS_IGNORED)
+        if unknown:
+            raise CheckpointError(
+                f"params.json has unknown keys: {', '.join(unknown)}; they may change the computation, "
+                "so this checkpoint is not loaded: remove them only if you know that they do not"
+            )
+        _require(params, ("dim", "n_layers", "n_heads"), "params.json")
+        sizes = {key: params[key] for key in _PARAMS_SIZES if params.get(key) is not None}
+        scaling = _scaling_from_params(params)
+        is_3_2 = scaling is not None and (params["dim"], params["n_layers"]) in LLAMA_3_2_GEOMETRIES
+        return cls(**sizes, rope_scaling=scaling, tied=is_3_2)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelArgs:
+        """Read the content of Hugging Face's `config.json`, in transformers 4's or 5's spelling.
+
+        Raises:
+            CheckpointError: for a missing key, or one that changes the computation, named.
+        """
+        if not isinstance(config, Mapping):
+            raise CheckpointError(f"config.json must hold an object, found {type(config).__name__}")
+        _refuse_other_models(config)
+        _require(config, _HF_REQUIRED, "config.json")
+        theta, scaling = _rope_from_hf(config)
+        sizes = {ours: config[theirs] for theirs, ours in _HF_SIZES.items() if config.get(theirs) is not None}
+        ignored = sorted(
+            set(config) - set(_HF_SIZES) - _HF_ROPE - _HF_HARMLESS - set(_HF_NEUTRAL) - set(_HF_REFUSED)
+        )
+        if ignored:
+            notice(f"config.json: ignored {', '.join(ignored)}")
+        return cls(
+            **sizes, rope_theta=theta, rope_scaling=scaling, tied=bool(config.get("tie_word_embeddings", False))
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelArgs:
+        """Read `params.json` or `config.json`, told apart by content.
+
+        Raises:
+            CheckpointError: also when the file is missing or is no JSON.
+        """
+        content = read_json(path)
+        is_hf = isinstance(content, Mapping) and ("hidden_size" in content or "model_type" in content)
+        try:
+            return cls.from_hf(content) if is_hf else cls.from_params(content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file, or a `CheckpointError` that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def _require(content: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if content.get(key) is None]
+    if missing:
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+
+
+# -- Meta ------------------------------------------------------------------------------------------
+
+_PARAMS_SIZES = (
+    "dim",
+    "n_layers",
+    "n_heads",
+    "n_kv_heads",
+    "vocab_size",
+    "multiple_of",
+    "ffn_dim_multiplier",
+    "norm_eps",
+    "rope_theta",
+)
+_PARAMS_USED = frozenset(
+    {*_PARAMS_SIZES, "use_scaled_rope", "rope_scaling", "rope_scaling_factor", "rope_high_freq_factor"}
+)
+# Sizes of a request, not of the model: what is run decides them.
+_PARAMS_IGNORED = frozenset({"max_seq_len", "max_batch_size"})
+
+
+def _scaling_from_params(params: Mapping[str, Any]) -> RopeScaling | None:
+    explicit = params.get("rope_scaling")
+    if explicit is not None:
+        return _scaling_from_mapping(explicit, "params.json")
+    if not params.get("use_scaled_rope"):
+        return None
+    options = {}
+    if params.get("rope_high_freq_factor") is not None:
+        options["high_freq_factor"] = params["rope_high_freq_factor"]
+    factor = params.get("rope_scaling_factor")
+    if factor is None:
+        is_3_2 = (params["dim"], params["n_layers"]) in LLAMA_3_2_GEOMETRIES
+        factor = 32.0 if is_3_2 else 8.0
+        notice(
+            f"use_scaled_rope: RoPE factor {factor:g} "
+            f"({'the geometry of Llama 3.2' if is_3_2 else 'as in Llama 3.1'}); "
+            "a rope_scaling in params.json overrides it"
+        )
+    return RopeScaling(factor, **options)
+
+
+def _scaling_from_mapping(scaling: Any, where: str) -> RopeScaling | None:
+    """Hugging Face's spelling of RoPE scaling: all of it or none."""
+    if not isinstance(scaling, Mapping):
+        raise CheckpointError(f"{where}: rope_scaling must be an object, found {scaling!r}")
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    _require(scaling, ("factor",), f"{where}: rope_scaling")
+    if kind == "linear":
+        return RopeScaling(scaling["factor"], kind="linear")
+    if kind == "llama3":
+        keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        _require(scaling, keys, f"{where}: rope_scaling")
+        low, high, original = (scaling[key] for key in keys)
+        return RopeScaling(scaling["factor"], "llama3", low, high, original)
+    raise CheckpointError(f"{where}: RoPE scaling of type {kind!r} is not one of llama3, linear, default")
+
+
+# -- Hugging Face ----------------------------------------------------------------------------------
+
+_HF_SIZES = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "intermediate_size": "ffn_dim",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "norm_eps",
+    "head_dim": "head_dim",
+}
+_HF_REQUIRED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_HF_ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings"})
+_HF_HARMLESS = frozenset(
+    {
+        "architectures", "model_type", "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
+        "max_position_embeddings", "torch_dtype", "dtype", "transformers_version", "use_cache",
+        "layer_types", "attention_dropout", "pretraining_tp", "_name_or_path", "max_sequence_length",
+    }
+)  # fmt: skip
+# Keys that are fine at this value and change the computation at any other.
+_HF_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "hidden_act": ("silu", "swish", None),
+    "partial_rotary_factor": (1, 1.0, None),
+    "use_sliding_window": (False, None),
+}
+# Keys that change the computation whenever they hold anything.
+_HF_REFUSED = (
+    "sliding_window", "num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok",
+    "quantization_config", "attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
+    "logits_scaling", "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+    "query_pre_attn_scalar", "qk_norm", "use_qk_norm", "no_rope_layers", "vision_config", "text_config",
+)  # fmt: skip
+
+
+def _refuse_other_models(config: Mapping[str, Any]) -> None:
+    kind = config.get("model_type", "llama")
+    if kind != "llama":
+        raise CheckpointError(f"config.json describes a model of type {kind!r}; only 'llama' is run here")
+    changed = [f"{k}={config[k]!r}" for k, neutral in _HF_NEUTRAL.items() if config.get(k) not in neutral]
+    changed += [f"{k}={config[k]!r}" for k in _HF_REFUSED if config.get(k)]
+    changed += [f"layer_types={kind!r}" for kind in config.get("layer_types") or [] if kind != "full_attention"][:1]
+    if changed:
+        raise CheckpointError(
+            f"config.json asks for a computation that is not Llama's: {', '.join(changed)}; not loaded"
+        )
+
+
+def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    parameters = config.get("rope_parameters")
+    scaling = config.get("rope_scaling") if parameters is None else parameters
+    theta = config.get("rope_theta")
+    if isinstance(scaling, Mapping):
+        if scaling.get("partial_rotary_factor", 1) not in (1, None):
+            raise CheckpointError("config.json turns only part of each head: partial_rotary_factor is not 1")
+        theta = scaling.get("rope_theta", theta)
+    parsed = None if scaling is None else _scaling_from_mapping(scaling, "config.json")
+    return (10000.0 if theta is None else theta), parsed

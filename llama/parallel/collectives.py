@@ -1,0 +1,109 @@
+"""The four moves between a whole tensor and its shards, forward and backward.
+
+They are autograd functions of ours around torch's functional collectives: those compile into one
+graph with the model, but torch's own backward of `all_reduce` reduces again, which multiplies every
+gradient by the world size. With one rank each of them is the identity.
+
+The pairs are Megatron's (arXiv:1909.08053): `copy` before a column-parallel linear, `reduce` after a
+row-parallel one, `gather` and `scatter` along the last dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch import Tensor
+
+from llama.parallel.groups import Ranks
+
+
+def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
+    """`x` reduced over the ranks of the model; no gradient."""
+    if ranks.world_size == 1:
+        return x
+    return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, ranks.group))
+
+
+def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
+    """The equal-shaped `x` of every rank, stacked: [world_size, *x.shape]; no gradient."""
+    if ranks.world_size == 1:
+        return x.unsqueeze(0)
+    gathered = functional.all_gather_tensor(x.contiguous().unsqueeze(0), 0, ranks.group)
+    return functional.wait_tensor(gathered)
+
+
+def gather_last(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+    """Shards of unequal width laid end to end along the last dimension; no gradient."""
+    if ranks.world_size == 1:
+        return x
+    widest = max(len(cut) for cut in cuts)
+    padded = torch.nn.functional.pad(x, (0, widest - x.shape[-1]))
+    shards = all_gather(padded, ranks)
+    return torch.cat([shards[rank, ..., : len(cut)] for rank, cut in enumerate(cuts)], dim=-1)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.ranks), None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        return all_reduce(x, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+        ctx.own = cuts[ranks.rank]
+        return gather_last(x, cuts, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0][..., ctx.own.start : ctx.own.stop], None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+        ctx.cuts, ctx.ranks = cuts, ranks
+        own = cuts[ranks.rank]
+        return x[..., own.start : own.stop].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return gather_last(grads[0], ctx.cuts, ctx.ranks), None, None
+
+
+def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
+    """Identity; the backward sums the ranks' gradients of `x`."""
+    return x if ranks.world_size == 1 else _Copy.apply(x, ranks)
+
+
+def reduce_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
+    """Sum over the ranks; the backward is the identity."""
+    return x if ranks.world_size == 1 else _Reduce.apply(x, ranks)
+
+
+def gather_from_ranks(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+    """Shards [..., len(cuts[rank])] into the whole last dimension; the backward takes this rank's part."""
+    return x if ranks.world_size == 1 else _Gather.apply(x, cuts, ranks)
+
+
+def scatter_to_ranks(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+    """This rank's part of the last dimension; the backward gathers the parts."""
+    return x if ranks.world_size == 1 else _Scatter.apply(x, cuts, ranks)

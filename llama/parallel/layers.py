@@ -1,0 +1,169 @@
+"""Linears and an embedding of which every rank allocates only its own shard.
+
+Names, arguments and weight layout are those of `fairscale.nn.model_parallel.layers` (0.4.13), whose
+own layers build the whole weight on every rank and break `torch.compile`. Beyond them, `cuts` says
+which rows or columns each rank owns (unequal ones too), where fairscale's must divide evenly.
+
+Weights are left uninitialised unless an `init_method` is given: they are read from a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.parallel import groups
+from llama.parallel.collectives import (
+    copy_to_ranks,
+    gather_from_ranks,
+    reduce_from_ranks,
+    scatter_to_ranks,
+)
+from llama.parallel.groups import Ranks
+from llama.parallel.partition import even_ranges
+
+InitMethod = Callable[[Tensor], object]
+Device = torch.device | str | None
+
+
+class _Sharded(nn.Module):
+    """What the three layers share: the ranks, the cuts, this rank's own one."""
+
+    def __init__(self, total: int, cuts: Sequence[range] | None, ranks: Ranks | None) -> None:
+        super().__init__()
+        self.ranks = groups.current() if ranks is None else ranks
+        self.cuts = tuple(cuts) if cuts is not None else even_ranges(total, self.ranks.world_size)
+
+    @property
+    def own(self) -> range:
+        """The rows or columns of the whole weight that this rank holds."""
+        return self.cuts[self.ranks.rank]
+
+
+class ColumnParallelLinear(_Sharded):
+    """`y = x A^T + b` with the rows of A (the features of y) cut across ranks.
+
+    Args:
+        in_features, out_features: sizes of the whole weight.
+        bias: whether there is one (cut like the features of y).
+        gather_output: whether every rank gets the whole y, or only its own features.
+        init_method: fills the shard; None leaves it uninitialised.
+        cuts: features of y that each rank owns; None for equal ones. Runs may overlap (KV heads that
+            several ranks hold); then `gather_output` must be off.
+        copy_input: whether the backward sums the ranks' gradients of x here; off where one sum
+            serves several layers (see `llama.model`).
+        ranks, device, dtype: where the shard lives; the current ones when None.
+
+    Shapes: x [..., in_features] to y [..., out_features], or [..., len(cuts[rank])] ungathered.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        gather_output: bool = True,
+        init_method: InitMethod | None = None,
+        *,
+        cuts: Sequence[range] | None = None,
+        copy_input: bool = True,
+        ranks: Ranks | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(out_features, cuts, ranks)
+        self.in_features, self.out_features = in_features, out_features
+        self.gather_output, self.copy_input = gather_output, copy_input
+        self.weight = nn.Parameter(torch.empty(len(self.own), in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(len(self.own), device=device, dtype=dtype)) if bias else None
+        if init_method is not None:
+            init_method(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.copy_input:
+            x = copy_to_ranks(x, self.ranks)
+        y = F.linear(x, self.weight, self.bias)
+        return gather_from_ranks(y, self.cuts, self.ranks) if self.gather_output else y
+
+
+class RowParallelLinear(_Sharded):
+    """`y = x A^T + b` with the columns of A (the features of x) cut across ranks; y is summed over them.
+
+    Args:
+        in_features, out_features: sizes of the whole weight.
+        bias: whether there is one; added once, after the sum.
+        input_is_parallel: whether x holds only this rank's features already.
+        init_method: fills the shard; None leaves it uninitialised.
+        cuts: features of x that each rank owns; None for equal ones.
+        ranks, device, dtype: where the shard lives; the current ones when None.
+
+    Shapes: x [..., in_features], or [..., len(cuts[rank])] when parallel, to y [..., out_features].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        input_is_parallel: bool = False,
+        init_method: InitMethod | None = None,
+        *,
+        cuts: Sequence[range] | None = None,
+        ranks: Ranks | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, cuts, ranks)
+        self.in_features, self.out_features = in_features, out_features
+        self.input_is_parallel = input_is_parallel
+        self.weight = nn.Parameter(torch.empty(out_features, len(self.own), device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        if init_method is not None:
+            init_method(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.input_is_parallel:
+            x = scatter_to_ranks(x, self.cuts, self.ranks)
+        y = reduce_from_ranks(F.linear(x, self.weight), self.ranks)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(_Sharded):
+    """An embedding whose rows (the vocabulary) are cut across ranks; the vectors are summed over them.
+
+    Args:
+        num_embeddings, embedding_dim: sizes of the whole table.
+        init_method: fills the shard; None leaves it uninitialised.
+        cuts: rows that each rank owns; None for equal ones.
+        ranks, device, dtype: where the shard lives; the current ones when None.
+
+    Shapes: ids [...] int64 to vectors [..., embedding_dim].
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        init_method: InitMethod | None = None,
+        *,
+        cuts: Sequence[range] | None = None,
+        ranks: Ranks | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, cuts, ranks)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight = nn.Parameter(torch.empty(len(self.own), embedding_dim, device=device, dtype=dtype))
+        if init_method is not None:
+            init_method(self.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.ranks.world_size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.own.start
+        foreign = (local < 0) | (local >= len(self.own))
+        vectors = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        return reduce_from_ranks(vectors.masked_fill(foreign.unsqueeze(-1), 0.0), self.ranks)
