@@ -44,22 +44,27 @@ class KVCache:
         """Bytes that the cache holds on this rank."""
         return sum(entry.nbytes for entry in (*self.k, *self.v))
 
-    def view(self, slots: Tensor | None = None, visible: int | None = None, fresh: bool = False) -> CacheView:
-        """What one forward pass sees: some slots, up to some length.
+    def view(self, first: int = 0, visible: int | None = None, fresh: bool = False) -> CacheView:
+        """What one forward pass sees: a run of slots, up to some length.
 
         Args:
-            slots: [B] int64, one a row of the batch; None for all of them in order.
+            first: the slot of the batch's first row; the others follow.
             visible: entries that the queries may look at; None for all.
             fresh: the rows start at position 0, so they see nothing but themselves.
         """
-        return CacheView(self, slots, self.length if visible is None else visible, fresh)
+        return CacheView(self, first, self.length if visible is None else visible, fresh)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot over another's."""
+        for entries in (*self.k, *self.v):
+            entries[target, :, :length] = entries[source, :, :length]
 
 
 class CacheView:
     """The part of a `KVCache` that one forward pass writes and reads."""
 
-    def __init__(self, cache: KVCache, slots: Tensor | None, visible: int, fresh: bool) -> None:
-        self.cache, self.slots, self.visible, self.fresh = cache, slots, visible, fresh
+    def __init__(self, cache: KVCache, first: int, visible: int, fresh: bool) -> None:
+        self.cache, self.first, self.visible, self.fresh = cache, first, visible, fresh
 
     def mask(self, positions: Tensor) -> Tensor | None:
         """Which entries each query sees: [B, 1, T, S] bool; None for plain causal attention."""
@@ -70,14 +75,11 @@ class CacheView:
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [B, T, K, D] at `positions` [B, T]; return what the queries see, [B, K, S, D]."""
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        rows = self.slots
-        if rows is None:
-            rows = torch.arange(k.shape[0], device=k.device)
-        keys[rows.unsqueeze(1), :, positions] = k
-        values[rows.unsqueeze(1), :, positions] = v
+        slots = slice(self.first, self.first + k.shape[0])
+        keys, values = self.cache.k[layer][slots], self.cache.v[layer][slots]
+        rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)
+        keys[rows, :, positions] = k
+        values[rows, :, positions] = v
         if self.fresh:
             return k.transpose(1, 2), v.transpose(1, 2)
-        if self.slots is not None:
-            keys, values = keys[self.slots], values[self.slots]
         return keys[:, :, : self.visible], values[:, :, : self.visible]

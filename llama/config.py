@@ -199,6 +199,7 @@ class ModelArgs:
         _require(config, _HF_REQUIRED, "config.json")
         theta, scaling = _rope_from_hf(config)
         sizes = {ours: config[theirs] for theirs, ours in _HF_SIZES.items() if config.get(theirs) is not None}
+        sizes.setdefault("norm_eps", 1e-6)  # transformers' default, where Meta's is 1e-5
         ignored = sorted(
             set(config) - set(_HF_SIZES) - _HF_ROPE - _HF_HARMLESS - set(_HF_NEUTRAL) - set(_HF_REFUSED)
         )

@@ -1,12 +1,13 @@
 """What a command says besides its result: notices on stderr, from rank 0 alone."""
 
-import os
 import sys
+
+from llama import env
 
 
 def is_speaker() -> bool:
     """Whether this process is the one that talks to the person: rank 0, or the only process."""
-    return os.environ.get("RANK", "0") == "0"
+    return env.rank() == 0
 
 
 def notice(text: str) -> None:

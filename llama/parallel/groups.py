@@ -25,7 +25,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from llama.errors import DeviceError, LlamaError, PartitionError, RankLostError
+from llama import env
+from llama.errors import LlamaError, PartitionError, RankLostError
 
 # A command may be waited for while somebody thinks, or sleeps.
 PATIENCE = timedelta(days=365)
@@ -61,72 +62,19 @@ def current() -> Ranks:
     return _current
 
 
-def env_int(name: str, default: int) -> int:
-    """An integer that torchrun left in the environment."""
-    try:
-        return int(os.environ.get(name, default))
-    except ValueError:
-        raise LlamaError(f"the environment variable {name} must be a number, is {os.environ[name]!r}") from None
-
-
-def env_world_size() -> int:
-    """Processes that torchrun started; 1 without torchrun."""
-    return env_int("WORLD_SIZE", 1)
-
-
 def connect() -> None:
     """Join the other processes' store, so that errors can be exchanged before any group exists.
 
     Does nothing for one process, and nothing a second time.
     """
     global _store
-    if _store is not None or env_world_size() == 1:
+    if _store is not None or env.world_size() == 1:
         return
     store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
     _store = dist.PrefixStore("llama", store)
     _store.set_timeout(PHASE_TIMEOUT)
     _store.set(f"who/{rank}", f"{socket.gethostname()} {os.getpid()}")
     _watch_for_sigterm()
-
-
-def choose_device(device: str = "auto") -> torch.device:
-    """The device of this rank: its own CUDA card, else MPS for one process, else the CPU.
-
-    Raises:
-        DeviceError: when the device asked for is not there.
-    """
-    local_rank = env_int("LOCAL_RANK", 0)
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", local_rank % torch.cuda.device_count())
-        has_mps = torch.backends.mps.is_available() and env_world_size() == 1
-        return torch.device("mps" if has_mps else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise DeviceError(f"device {device!r} is not one of auto, cpu, cuda, cuda:N, mps") from None
-    return _check_device(chosen, local_rank)
-
-
-def _check_device(device: torch.device, local_rank: int) -> torch.device:
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise DeviceError("device 'cuda' was asked for, but torch sees no CUDA card here: use --device cpu")
-        count = torch.cuda.device_count()
-        if device.index is None:
-            return torch.device("cuda", local_rank % count)
-        if device.index >= count:
-            raise DeviceError(f"device '{device}' was asked for, but there are {count} CUDA cards")
-        return device
-    if device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise DeviceError("device 'mps' was asked for, but torch sees none here: use --device cpu")
-        if env_world_size() > 1:
-            raise DeviceError(f"device 'mps' serves one process, not {env_world_size()}: use --device cpu")
-        return device
-    if device.type != "cpu":
-        raise DeviceError(f"device {str(device)!r} is not one of auto, cpu, cuda, cuda:N, mps")
-    return device
 
 
 def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks:
@@ -142,7 +90,7 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
             that of an earlier start.
     """
     global _current
-    n_processes = env_world_size()
+    n_processes = env.world_size()
     size = n_processes if model_parallel_size is None else model_parallel_size
     if size < 1 or n_processes % size:
         raise PartitionError(f"model_parallel_size {size} does not divide {n_processes} processes")
@@ -158,7 +106,7 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         store = dist.PrefixStore("groups", _store)
-        rank = env_int("RANK", 0)
+        rank = env.rank()
         dist.init_process_group(_backend(device), store=store, rank=rank, world_size=n_processes)
     _current = _model_groups(device, size)
     return _current
@@ -166,7 +114,7 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
 
 def _backend(device: torch.device) -> str:
     """NCCL where each local rank has a card of its own; two NCCL ranks cannot share one."""
-    own_card = device.type == "cuda" and env_int("LOCAL_WORLD_SIZE", 1) <= torch.cuda.device_count()
+    own_card = device.type == "cuda" and env.local_world_size() <= torch.cuda.device_count()
     return "nccl" if own_card and dist.is_nccl_available() else "gloo"
 
 
@@ -243,11 +191,11 @@ def phase(name: str) -> Iterator[None]:
 def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
     """The error of the lowest rank that has one, the same on every process."""
     global _phase
-    if env_world_size() == 1:
+    if env.world_size() == 1:
         return error
     connect()
     _phase += 1
-    key, rank, size = f"phase/{_phase}/{name}", env_int("RANK", 0), env_world_size()
+    key, rank, size = f"phase/{_phase}/{name}", env.rank(), env.world_size()
     _store.set(f"{key}/{rank}", "" if error is None else f"{type(error).__name__}:{error}")
     try:
         _store.wait([f"{key}/{other}" for other in range(size)], PHASE_TIMEOUT)
@@ -272,10 +220,10 @@ def leave_together(seconds: float = 20.0) -> None:
 
     Rank 0 calls this after it has printed its last line, the others before they exit.
     """
-    if env_world_size() == 1 or _store is None:
+    if env.world_size() == 1 or _store is None:
         return
     with contextlib.suppress(dist.DistError):
-        if env_int("RANK", 0) == 0:
+        if env.rank() == 0:
             _store.set("spoken", "yes")
         else:
             _store.wait(["spoken"], timedelta(seconds=seconds))
@@ -289,7 +237,7 @@ def lost_ranks() -> list[int]:
     if _store is None:
         return []
     lost = []
-    for rank in range(env_world_size()):
+    for rank in range(env.world_size()):
         try:
             if not _store.check([f"who/{rank}"]):
                 continue
@@ -345,8 +293,8 @@ def _watch_for_sigterm() -> None:
 def _speak_at_sigterm(read_end: int) -> None:
     while signal.SIGTERM not in os.read(read_end, 1):
         pass
-    lost, me = lost_ranks(), env_int("RANK", 0)
-    survivors = [rank for rank in range(env_world_size()) if rank not in lost]
+    lost, me = lost_ranks(), env.rank()
+    survivors = [rank for rank in range(env.world_size()) if rank not in lost]
     if lost and me == survivors[0]:
         print(f"error: {lost_message()}", file=sys.stderr, flush=True)
     elif survivors and me != survivors[0]:

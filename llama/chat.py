@@ -1,0 +1,259 @@
+"""Dialogs to token ids, as Meta's code encodes them.
+
+A dialog is encoded straight to ids. Special tokens go in by id and message text as plain text, so no text
+can open or close a turn in Llama 3's format. Llama 2's `[INST]` and `<<SYS>>` are plain text themselves:
+there `unsafe` tells whether a dialog contains them, and the caller answers with `REFUSAL`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, TypedDict
+
+from llama.errors import DialogError, TokenizerError, UsageError
+from llama.tokenizer import Tokenizer
+
+REFUSAL = "Error: special tags are not allowed as part of the prompt."
+
+
+class Message(TypedDict):
+    """One turn: who speaks ("system", "user", "assistant" or, for Llama 3, "tool") and what is said."""
+
+    role: str
+    content: str
+
+
+Dialog = Sequence[Message]
+
+# Which roles may follow a role; None stands for the start. The last turn is one that asks for an answer.
+Order = Mapping[str | None, Sequence[str]]
+
+ALTERNATING: Order = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user",),
+}
+# Meta checks nothing here. Several users' turns in a row and several tools' are in use and allowed;
+# "ipython" is what Llama 3's own header calls a tool.
+LLAMA3_ORDER: Order = {
+    None: ("system", "user"),
+    "system": ("user",),
+    "user": ("user", "assistant"),
+    "assistant": ("user", "tool", "ipython"),
+    "tool": ("tool", "ipython", "user", "assistant"),
+    "ipython": ("tool", "ipython", "user", "assistant"),
+}
+_ASKING = ("user", "tool", "ipython")
+
+
+def validate(dialog: Dialog, index: int = 0, order: Order = ALTERNATING) -> None:
+    """Check that `dialog` is a list of messages whose roles follow one another as `order` allows.
+
+    Args:
+        dialog: what is claimed to be one; nothing about it is taken for granted.
+        index: number of the dialog among those of the call, from 0; only for messages.
+        order: which roles may follow which.
+
+    Raises:
+        DialogError: the dialog is empty or no list, a message lacks a role or text, a role is unknown or
+            out of order, or no answer is asked for. Dialog and turn are named, both counted from 0.
+    """
+    if not isinstance(dialog, Sequence) or isinstance(dialog, str | bytes):
+        raise DialogError(f"dialog {index}: a dialog is a list of messages, found {_kind(dialog)}")
+    if not dialog:
+        raise DialogError(f"dialog {index} is empty: it needs at least one user message")
+    previous = None
+    for turn, message in enumerate(dialog):
+        where = f"dialog {index}, turn {turn} (both from 0)"
+        _check_message(message, where)
+        role = message["role"]
+        if role not in order:
+            raise DialogError(f"{where}: unknown role {role!r}, expected {_either(order[previous])}")
+        if role not in order[previous]:
+            raise DialogError(f"{where}: expected {_either(order[previous])}, found {role!r}")
+        previous = role
+    if previous not in _ASKING:
+        asking = [role for role in _ASKING if role in order]
+        raise DialogError(f"{where}: the last turn must be {_either(asking)}, found {previous!r}")
+
+
+class ChatFormat(ABC):
+    """How one generation of models is spoken to.
+
+    Args:
+        tokenizer: the model's own.
+
+    Attributes:
+        name: what `--chat_format` calls it.
+        stop_tokens: every id that ends an answer.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[Order] = ALTERNATING
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.stop_tokens = tokenizer.stop_tokens
+
+    def encode(self, dialog: Dialog, index: int = 0) -> list[int]:
+        """Return the ids that generation starts from, BOS and the assistant's header included.
+
+        Args:
+            dialog: messages; the last is the one to answer.
+            index: number of the dialog among those of the call, from 0; only for error messages.
+
+        Raises:
+            DialogError: see `validate`.
+        """
+        validate(dialog, index, self.order)
+        return self._encode(dialog)
+
+    def unsafe(self, dialog: Dialog) -> bool:
+        """Whether the dialog's text contains marks that this format cannot tell from its own."""
+        return False
+
+    @abstractmethod
+    def _encode(self, dialog: Dialog) -> list[int]:
+        """Encode a dialog that is known to be valid."""
+
+
+class Llama2Format(ChatFormat):
+    """Llama 2 chat: `[INST] ... [/INST]`, as `chat_completion` in meta-llama/llama.
+
+    The system message is folded into the first user message; every finished pair is a text of its own,
+    from BOS to EOS; the blanks around a message are dropped.
+    """
+
+    name = "llama2"
+    tags: ClassVar = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
+
+    def unsafe(self, dialog: Dialog) -> bool:
+        """Whether any message contains one of the format's tags, which are plain text to the model."""
+        return any(tag in message["content"] for message in dialog for tag in self.tags)
+
+    def _encode(self, dialog: Dialog) -> list[int]:
+        texts = [message["content"] for message in dialog]
+        if dialog[0]["role"] == "system":
+            texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
+        ids: list[int] = []
+        for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+            pair = f"[INST] {user.strip()} [/INST] {answer.strip()} "
+            ids += self.tokenizer.encode(pair, bos=True, eos=True)
+        return ids + self.tokenizer.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
+
+
+class Llama3Format(ChatFormat):
+    """Llama 3 to 3.3 chat: headers and end of turn by special-token id, as in meta-llama/llama-models.
+
+    Message text is not stripped, and is encoded apart from the line ends before it.
+
+    Raises:
+        TokenizerError: the tokenizer has no such special tokens.
+    """
+
+    name = "llama3"
+    order = LLAMA3_ORDER
+    needs: ClassVar = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        missing = [token for token in self.needs if token not in tokenizer.special_tokens]
+        if missing:
+            raise TokenizerError(
+                f"the llama3 chat format needs {missing[0]}, which this {tokenizer.kind} tokenizer of "
+                f"{tokenizer.n_words:,} tokens lacks: use --chat_format llama2 or alpaca"
+            )
+        self._start, self._end, self._eot = (tokenizer.special_tokens[token] for token in self.needs)
+
+    def _encode(self, dialog: Dialog) -> list[int]:
+        ids = [self.tokenizer.bos_id]
+        for message in dialog:
+            ids += self._header(message["role"]) + self._plain(message["content"]) + [self._eot]
+        return ids + self._header("assistant")
+
+    def _header(self, role: str) -> list[int]:
+        name = "ipython" if role == "tool" else role
+        return [self._start, *self._plain(name), self._end, *self._plain("\n\n")]
+
+    def _plain(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, bos=False, eos=False)
+
+
+class AlpacaFormat(ChatFormat):
+    """Stanford Alpaca's instruction templates, one text with BOS in front.
+
+    A system message becomes the instruction and the first user message its input. Stanford defines single
+    turns only; here later turns continue the text with the same headings.
+    """
+
+    name = "alpaca"
+
+    def _encode(self, dialog: Dialog) -> list[int]:
+        texts = [message["content"] for message in dialog]
+        opening = 2 if dialog[0]["role"] == "system" else 1
+        text = alpaca_prompt(*texts[:opening])
+        for answer, user in zip(texts[opening::2], texts[opening + 1 :: 2], strict=True):
+            text += f"\n{answer}\n\n### Instruction:\n{user}\n\n### Response:"
+        return self.tokenizer.encode(text, bos=True, eos=False)
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """Return Stanford Alpaca's prompt (tatsu-lab/stanford_alpaca, train.py), up to "### Response:".
+
+    Args:
+        instruction: the task.
+        input: what the task is about; where it is empty, the template without input is used.
+    """
+    if not input:
+        return (
+            "Below is an instruction that describes a task. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Response:"
+        )
+    return (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    )
+
+
+FORMATS: dict[str, type[ChatFormat]] = {
+    chosen.name: chosen for chosen in (Llama2Format, Llama3Format, AlpacaFormat)
+}
+
+
+def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
+    """Return the format called `name`; "auto" takes the one that the tokenizer's special tokens show.
+
+    Raises:
+        UsageError: no format has this name.
+        TokenizerError: the tokenizer cannot express the format.
+    """
+    if name == "auto":
+        headers = {"<|start_header_id|>", "<|eot_id|>"} <= tokenizer.special_tokens.keys()
+        name = "llama3" if headers else "llama2"
+    if name not in FORMATS:
+        raise UsageError(f"unknown chat format {name!r}: use {_either(['auto', *FORMATS])}")
+    return FORMATS[name](tokenizer)
+
+
+def _check_message(message: object, where: str) -> None:
+    if not isinstance(message, Mapping):
+        raise DialogError(
+            f"{where}: a message is an object with 'role' and 'content', found {_kind(message)}"
+        )
+    for key in ("role", "content"):
+        if key not in message:
+            raise DialogError(f"{where}: the message has no {key!r}")
+        if not isinstance(message[key], str):
+            raise DialogError(f"{where}: {key!r} must be text, found {_kind(message[key])}")
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+def _either(names: Sequence[str]) -> str:
+    """Return "'a', 'b' or 'c'"."""
+    *most, last = (repr(name) for name in names)
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,72 @@
+"""Fill this rank's shard of a model from an open checkpoint, reading only what it owns."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from tqdm import tqdm
+
+from llama.checkpoint.layout import specs
+from llama.checkpoint.source import Checkpoint
+from llama.config import ModelArgs
+from llama.console import is_speaker
+from llama.model import Transformer
+from llama.parallel.groups import Ranks
+from llama.parallel.partition import Partition
+
+# Below this a progress bar would only flicker.
+PROGRESS_BYTES = 256 << 20
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    partition: Partition,
+    ranks: Ranks,
+    dtype: torch.dtype,
+) -> Transformer:
+    """The model of this rank, its weights read from `checkpoint` straight into place.
+
+    Args:
+        checkpoint: from `open_checkpoint`, at any shard count and in any layout.
+        partition: the cut of the model; of this rank only its own part is read.
+        ranks: this process's place and device.
+        dtype: what the weights are converted to, piece by piece.
+
+    Raises:
+        CheckpointError: when a file ends early.
+    """
+    args = _settle_tie(checkpoint, partition, ranks.rank)
+    model = Transformer(args, partition, ranks, device=ranks.device, dtype=dtype)
+    model.requires_grad_(False)
+    parameters = dict(model.named_parameters())
+    total = sum(p.nbytes for p in parameters.values())
+    quiet = not is_speaker() or total < PROGRESS_BYTES
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False) as bar:
+        for name, parameter in parameters.items():
+            tensor = checkpoint.tensors[name]
+            tensor.read_into(tensor.spec.own(partition, ranks.rank), parameter.data)
+            bar.update(parameter.nbytes)
+    return model.eval()
+
+
+def _settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> ModelArgs:
+    """Whether the output layer shares the embedding's memory.
+
+    Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in this
+    rank's rows, and both where tuning has set them apart.
+    """
+    args = checkpoint.args
+    if not args.tied or "output.weight" not in checkpoint.tensors:
+        return args
+    output, embedding = (checkpoint.tensors[name] for name in ("output.weight", "tok_embeddings.weight"))
+    rows = specs(args)["output.weight"].own(partition, rank)
+    scratch = None
+    for where, values in output.read(rows):
+        start = rows[0].start + where[0].start
+        part = (slice(start, start + values.shape[0]), slice(where[1].start, where[1].start + values.shape[1]))
+        scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
+        embedding.read_into(tuple(part), scratch)
+        if not torch.equal(scratch, values):
+            return dataclasses.replace(args, tied=False)
+    return args

@@ -1,0 +1,295 @@
+"""Open any checkpoint as named tensors of one whole model, of which any part can be read.
+
+Meta's shards are laid end to end, whatever their number; Hugging Face's names and row order become
+Meta's. What is open is only headers: bytes are read when a part is asked for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.files import Index, StoredTensor, read_header
+from llama.checkpoint.layout import Spec, is_ignored, specs
+from llama.config import ModelArgs, read_json
+from llama.errors import CheckpointError
+
+SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
+HF_NAMES = ("model.safetensors", "pytorch_model.bin")
+MOST_NAMED = 8  # tensors listed in one message
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the whole model, stored in one piece or in several.
+
+    Args:
+        spec: its name, shape and axes.
+        pieces: what is stored, in order.
+        dim: the dimension along which the pieces are laid end to end.
+        head_rows: rows of one head where the file has them in Hugging Face's order, else 0.
+    """
+
+    spec: Spec
+    pieces: tuple[StoredTensor, ...]
+    dim: int = 0
+    head_rows: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    def read_into(self, index: Index, out: Tensor) -> None:
+        """Copy the part that `index` names into `out`, in Meta's row order and `out`'s dtype."""
+        for where, values in self.read(index):
+            out[where].copy_(values)
+
+    def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
+        """The part that `index` names in pieces: where each belongs in the part, and its values.
+
+        Values are good until the next piece is asked for. Where rows are permuted, `index` holds
+        whole heads.
+        """
+        wanted, first = index[self.dim], 0
+        for piece in self.pieces:
+            last = first + piece.shape[self.dim]
+            start, stop = max(wanted.start, first), min(wanted.stop, last)
+            if start < stop:
+                inner = list(index)
+                inner[self.dim] = slice(start - first, stop - first)
+                yield from self._read_piece(piece, tuple(inner), start - wanted.start)
+            first = last
+
+    def _read_piece(self, piece: StoredTensor, index: Index, shift: int) -> Iterator[tuple[Index, Tensor]]:
+        for dim, start, values in piece.pieces(index, max(1, self.head_rows)):
+            starts = [0] * values.ndim
+            starts[dim] += start
+            starts[self.dim] += shift
+            where = tuple(slice(s, s + n) for s, n in zip(starts, values.shape, strict=True))
+            yield where, self._in_meta_order(values)
+
+    def _in_meta_order(self, values: Tensor) -> Tensor:
+        if not self.head_rows:
+            return values
+        # Hugging Face: [heads, 2, D/2] rows; Meta: [heads, D/2, 2].
+        return values.unflatten(0, (-1, 2, self.head_rows // 2)).transpose(1, 2).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: its geometry, its format and its tensors by Meta's names.
+
+    Args:
+        path: the folder.
+        format: "meta" or "hf".
+        args: the geometry; `vocab_size` is that of the tensors.
+        tensors: every tensor of the model; without "output.weight" when the file has none.
+        n_shards: files that the tensors were cut into.
+    """
+
+    path: Path
+    format: str
+    args: ModelArgs
+    tensors: Mapping[str, SourceTensor]
+    n_shards: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the model is stored in."""
+        return self.tensors["layers.0.feed_forward.w1.weight"].dtype
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a checkpoint folder: Meta's `consolidated.NN.pth`, `fs_consolidated.NN.pth`, or Hugging Face's.
+
+    Raises:
+        CheckpointError: when it is missing, empty, damaged or incomplete, or when its tensors are not
+            those that its parameters announce; one message names all of them.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: --ckpt_dir names the folder that holds the checkpoint")
+    shards = _shard_files(folder)
+    if shards:
+        return _open_meta(folder, shards)
+    for name in HF_NAMES:
+        if (folder / name).exists() or (folder / f"{name}.index.json").exists():
+            return _open_hf(folder, name)
+    raise CheckpointError(
+        f"{folder} holds no checkpoint: expected consolidated.NN.pth, fs_consolidated.NN.pth or "
+        "model.safetensors (with params.json or config.json)"
+    )
+
+
+# -- Meta ------------------------------------------------------------------------------------------
+
+
+def _shard_files(folder: Path) -> list[Path]:
+    """The shards of a folder in order; of two sets, the original one."""
+    found: dict[str, dict[int, Path]] = {}
+    for file in folder.iterdir():
+        match = SHARD_NAME.match(file.name)
+        if match:
+            found.setdefault(match[1], {})[int(match[2])] = file
+    if not found:
+        return []
+    stem = min(found)  # "consolidated" before "fs_consolidated"
+    files = found[stem]
+    missing = [number for number in range(max(files)) if number not in files]
+    if missing:
+        names = ", ".join(f"{stem}.{number:02d}.pth" for number in missing)
+        raise CheckpointError(f"{folder} has {len(files)} shards up to number {max(files):02d}, but lacks {names}")
+    return [files[number] for number in sorted(files)]
+
+
+def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
+    if not (folder / "params.json").exists():
+        raise CheckpointError(f"{folder} has no params.json: copy it from where the weights came from")
+    args = ModelArgs.from_file(folder / "params.json")
+    shards = [_drop_ignored(read_header(file)) for file in files]
+    args = _settle_vocab_size(args, shards)
+    expected = specs(args)
+    problems = _Problems()
+    for file, shard in zip(files, shards, strict=True):
+        where = f" in {file.name}" if len(files) > 1 else ""
+        problems.missing += [name + where for name in expected if name not in shard and not _may_lack(name, args)]
+        problems.unexpected += [name + where for name in shard if name not in expected]
+    tensors = {}
+    for name, spec in expected.items():
+        pieces = [shard[name] for shard in shards if name in shard]
+        if len(pieces) == len(shards):
+            tensor = _join(spec, pieces)
+            problems.check_shape(spec, tensor)
+            tensors[name] = tensor
+    problems.raise_if_any(folder, len(files))
+    return Checkpoint(folder, "meta", args, tensors, len(files))
+
+
+def _drop_ignored(header: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    return {name: stored for name, stored in header.items() if not is_ignored(name)}
+
+
+def _may_lack(name: str, args: ModelArgs) -> bool:
+    return name == "output.weight" and args.tied
+
+
+def _settle_vocab_size(args: ModelArgs, shards: Sequence[Mapping[str, StoredTensor]]) -> ModelArgs:
+    """Where params leave the vocabulary open (-1), the output layer's rows decide."""
+    if args.vocab_size != -1:
+        return args
+    rows = [shard["output.weight"].shape[0] for shard in shards if "output.weight" in shard]
+    if len(rows) < len(shards):
+        raise CheckpointError("params.json leaves vocab_size open (-1) and output.weight is missing: state it there")
+    return args.with_vocab_size(sum(rows))
+
+
+def _join(spec: Spec, pieces: Sequence[StoredTensor]) -> SourceTensor:
+    """Lay the shards of one tensor end to end along the dimension that was cut."""
+    dim = spec.cut_dim
+    if dim is None or len(pieces) == 1:
+        return SourceTensor(spec, tuple(pieces[:1]))  # every shard holds the same copy
+    if spec.name == "tok_embeddings.weight" and all(
+        len(piece.shape) == 2 and piece.shape[0] == spec.shape[0] for piece in pieces
+    ):
+        dim = 1  # Llama 1 and 2 cut the embedding's features, Llama 3 its vocabulary
+    return SourceTensor(spec, tuple(pieces), dim)
+
+
+# -- Hugging Face ----------------------------------------------------------------------------------
+
+
+def _open_hf(folder: Path, name: str) -> Checkpoint:
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json: copy it from where the weights came from")
+    args = ModelArgs.from_file(folder / "config.json")
+    stored, n_files = _hf_tensors(folder, name)
+    expected = specs(args)
+    problems = _Problems()
+    by_hf_name = {spec.hf_name: spec for spec in expected.values()}
+    problems.unexpected = [key for key in stored if key not in by_hf_name]
+    tensors = {}
+    for spec in expected.values():
+        if spec.hf_name not in stored:
+            if not _may_lack(spec.name, args):
+                problems.missing.append(spec.hf_name)
+            continue
+        tensor = SourceTensor(spec, (stored[spec.hf_name],), head_rows=args.head_dim if spec.permuted else 0)
+        problems.check_shape(spec, tensor)
+        tensors[spec.name] = tensor
+    if args.tied:
+        tensors.pop("output.weight", None)  # transformers reads the embedding instead, whatever is stored
+    problems.raise_if_any(folder, n_files)
+    return Checkpoint(folder, "hf", args, tensors, n_files)
+
+
+def _hf_tensors(folder: Path, name: str) -> tuple[dict[str, StoredTensor], int]:
+    index_path = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return _drop_ignored(read_header(folder / name)), 1
+    weight_map = read_json(index_path)
+    weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no weight_map")
+    stored: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        if Path(file).name != file:
+            raise CheckpointError(f"{index_path} names a file outside its folder: {file}")
+        if not (folder / file).exists():
+            raise CheckpointError(f"{folder} lacks {file}, which its index names")
+        stored.update(_drop_ignored(read_header(folder / file)))
+    return stored, len(set(weight_map.values()))
+
+
+class _Problems:
+    """What is wrong with a checkpoint's tensors, told in one error."""
+
+    def __init__(self) -> None:
+        self.missing: list[str] = []
+        self.unexpected: list[str] = []
+        self.misshapen: list[str] = []
+
+    def check_shape(self, spec: Spec, tensor: SourceTensor) -> None:
+        """Note a tensor whose pieces do not add up to the shape that the parameters announce."""
+        found = _joined_shape(tensor)
+        if found != spec.shape:
+            self.misshapen.append(f"{spec.name} is {_show(found)}, expected {list(spec.shape)}")
+
+    def raise_if_any(self, folder: Path, n_files: int) -> None:
+        parts = []
+        for label, names in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of another shape than the parameters say", self.misshapen),
+        ):
+            if names:
+                more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+                parts.append(f"{len(names)} {label}: {', '.join(names[:MOST_NAMED])}{more}")
+        if parts:
+            files = "1 file" if n_files == 1 else f"{n_files} files"
+            hint = "; is a shard missing, or params.json of another model?" if self.misshapen else ""
+            raise CheckpointError(f"{folder} ({files}) does not hold the model it announces: {'; '.join(parts)}{hint}")
+
+
+def _joined_shape(tensor: SourceTensor) -> tuple[int, ...] | None:
+    """The shape of the pieces laid end to end; None when they do not fit together."""
+    shapes = [list(piece.shape) for piece in tensor.pieces]
+    if any(len(shape) != len(tensor.spec.shape) for shape in shapes):
+        return tuple(shapes[0]) if len(shapes) == 1 else None
+    others = {tuple(n for dim, n in enumerate(shape) if dim != tensor.dim) for shape in shapes}
+    if len(others) != 1:
+        return None
+    whole = shapes[0]
+    whole[tensor.dim] = list(accumulate(shape[tensor.dim] for shape in shapes))[-1]
+    return tuple(whole)
+
+
+def _show(shape: tuple[int, ...] | None) -> str:
+    return "in pieces that do not fit together" if shape is None else str(list(shape))

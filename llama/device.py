@@ -1,0 +1,127 @@
+"""Where and how finely to compute: device, dtype and threads, chosen by themselves or by name."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+
+import torch
+
+from llama import env
+from llama.errors import DeviceError
+
+DTYPES = {
+    "fp32": torch.float32, "float32": torch.float32, "f32": torch.float32, "float": torch.float32,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
+    "fp16": torch.float16, "float16": torch.float16, "f16": torch.float16, "half": torch.float16,
+}  # fmt: skip
+# A model this small gains nothing from 16 bit on a CPU, and fp32 is the same at every world size.
+SMALL_MODEL_BYTES = 1 << 30
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device of this rank: its own CUDA card, else MPS for one process, else the CPU.
+
+    Args:
+        device: "auto", "cpu", "cuda" (each local rank its own card, shared when there are more
+            ranks than cards), "cuda:N" or "mps".
+
+    Raises:
+        DeviceError: when the device asked for is not there.
+    """
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return _own_card()
+        return torch.device("mps" if torch.backends.mps.is_available() and env.world_size() == 1 else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"device {str(device)!r} is not one of auto, cpu, cuda, cuda:N, mps")
+    if chosen.type == "cuda":
+        return _check_cuda(chosen)
+    if chosen.type == "mps":
+        _check_mps()
+    return chosen
+
+
+def _own_card() -> torch.device:
+    return torch.device("cuda", env.local_rank() % torch.cuda.device_count())
+
+
+def _check_cuda(device: torch.device) -> torch.device:
+    if not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' was asked for, but torch sees no CUDA card here: use --device cpu")
+    if device.index is None:
+        return _own_card()
+    if device.index >= torch.cuda.device_count():
+        raise DeviceError(f"device '{device}' was asked for, but there are {torch.cuda.device_count()} CUDA cards")
+    return device
+
+
+def _check_mps() -> None:
+    if not torch.backends.mps.is_available():
+        raise DeviceError("device 'mps' was asked for, but torch sees none here: use --device cpu")
+    if env.world_size() > 1:
+        raise DeviceError(f"device 'mps' serves one process, not {env.world_size()}: use --device cpu")
+
+
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.dtype, n_params: int) -> torch.dtype:
+    """The dtype to compute in.
+
+    "auto" is bfloat16 where the device has it natively, else float16 on CUDA and MPS and float32 on
+    a CPU. A CPU keeps float32 for weights stored so, and for models under 1 GiB of float32.
+
+    Args:
+        dtype: "auto", "fp32", "bf16", "fp16" or a torch dtype.
+        device: where to compute.
+        stored: dtype of the weights on disk.
+        n_params: parameters of the whole model.
+
+    Raises:
+        DeviceError: for an unknown name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise DeviceError(f"dtype {dtype!r} is not one of auto, fp32, bf16, fp16")
+        return DTYPES[dtype]
+    if device.type != "cpu":
+        return torch.bfloat16 if has_native_bf16(device) else torch.float16
+    small = n_params * torch.float32.itemsize < SMALL_MODEL_BYTES
+    keep = small or stored in (torch.float32, torch.float64)
+    return torch.float32 if keep or not has_native_bf16(device) else torch.bfloat16
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in hardware; `torch.cuda.is_bf16_supported` also counts emulation."""
+    if device.type == "cuda":
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return "AVX512" in capability and bool(torch.cpu._is_avx512_bf16_supported())
+    return False
+
+
+def set_threads(threads: int | None = None) -> int:
+    """Share the machine's cores among its local ranks; torchrun alone would leave one thread to each.
+
+    Args:
+        threads: threads of this rank; None for the cores it may use divided by the local ranks.
+    """
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // env.local_world_size())
+    torch.set_num_threads(threads)
+    return threads
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the peak: of the card's allocator on CUDA, else of the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
