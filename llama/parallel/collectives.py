@@ -14,25 +14,40 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from llama.parallel.groups import Ranks
 
 
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+# torch 2.13 renamed it.
+_functional_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+
+
 def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
-    """`x` reduced over the ranks of the model; no gradient."""
+    """`x` reduced over the ranks of the model, "sum" or "max"; no gradient."""
     if ranks.world_size == 1:
         return x
-    return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, ranks.group))
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, ranks.group))
+    # Eagerly the functional ones would only import the compiler, a second and 80 MB a rank.
+    reduced = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(reduced, _OPS[op], group=ranks.group)
+    return reduced
 
 
 def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     """The equal-shaped `x` of every rank, stacked: [world_size, *x.shape]; no gradient."""
     if ranks.world_size == 1:
         return x.unsqueeze(0)
-    gathered = functional.all_gather_tensor(x.contiguous().unsqueeze(0), 0, ranks.group)
-    return functional.wait_tensor(gathered)
+    x = x.contiguous().unsqueeze(0)
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(_functional_all_gather(x, 0, ranks.group))
+    gathered = x.new_empty(ranks.world_size, *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x, group=ranks.group)
+    return gathered
 
 
 def gather_last(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:

@@ -77,6 +77,19 @@ def connect() -> None:
     _watch_for_sigterm()
 
 
+def model_size(model_parallel_size: int | None = None) -> int:
+    """Ranks that share one model: all processes, or a number that divides them.
+
+    Raises:
+        PartitionError: when it does not.
+    """
+    n_processes = env.world_size()
+    size = n_processes if model_parallel_size is None else model_parallel_size
+    if size < 1 or n_processes % size:
+        raise PartitionError(f"model_parallel_size {size} does not divide the {n_processes} processes")
+    return size
+
+
 def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks:
     """Open the process groups of this run; a second call with the same size returns the same ranks.
 
@@ -90,10 +103,7 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
             that of an earlier start.
     """
     global _current
-    n_processes = env.world_size()
-    size = n_processes if model_parallel_size is None else model_parallel_size
-    if size < 1 or n_processes % size:
-        raise PartitionError(f"model_parallel_size {size} does not divide {n_processes} processes")
+    size, n_processes = model_size(model_parallel_size), env.world_size()
     if n_processes == 1:
         _current = Ranks(device=device)
         return _current

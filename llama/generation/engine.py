@@ -1,0 +1,251 @@
+"""Running prompts through the model: slots, prefill, and one decode step for all of them.
+
+The unit is a slot. Every row of the running batch has its own position and length; rows that finish
+leave, waiting prompts take their place, and the rows in use always fill the first slots, so a step
+computes nothing for rows that are done.
+
+Shape legend: B rows, T tokens, E dim, V' this rank's part of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llama.cache import KVCache
+from llama.generation.sampling import Batch, Sampling, sample
+from llama.model import Transformer
+from llama.parallel.vocab import log_probs_of
+
+FinishReason = Literal["stop", "length"]
+
+# Tokens of one prefill pass: bounds activations, however long or many the prompts.
+PREFILL_TOKENS = 4096
+# Floats of one piece of logits when a whole prompt is scored.
+LOGIT_FLOATS = 16 << 20
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and what is wanted of it.
+
+    Args:
+        index: place among the prompts of the call; part of the noise's key.
+        prompt: token ids, at least one.
+        max_new: tokens to generate at most.
+        sampling: how they are chosen.
+        stop_tokens: ids that end the text and are not part of it.
+        score_prompt: whether the prompt's own log-probabilities are wanted.
+        watch: told of each new token; True ends the text after it.
+    """
+
+    index: int
+    prompt: Sequence[int]
+    max_new: int
+    sampling: Sampling
+    stop_tokens: frozenset[int] = frozenset()
+    score_prompt: bool = False
+    watch: Callable[[int], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to one prompt.
+
+    Args:
+        index: the prompt.
+        token: a new token, or None when only the end is told.
+        log_prob: of the token, natural logarithm.
+        finish_reason: set on the prompt's last event.
+        prompt_log_probs: of the prompt's tokens, the first 0.0; on the first event, when wanted.
+    """
+
+    index: int
+    token: int | None = None
+    log_prob: float = 0.0
+    finish_reason: FinishReason | None = None
+    prompt_log_probs: list[float] | None = None
+
+
+@dataclass
+class Stats:
+    """Tokens and seconds of a run, prefill and decode apart."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class _Row:
+    """A prompt in a slot: `position` is where its newest token will be written."""
+
+    request: Request
+    position: int
+    token: int
+    n_new: int = 0
+    finished: bool = False
+
+
+@dataclass
+class Engine:
+    """Runs requests on one model. Every rank runs the same requests and sees the same events.
+
+    Args:
+        model: this rank's shard.
+        n_drawable: token ids from here on are padding and never chosen.
+    """
+
+    model: Transformer
+    n_drawable: int
+    stats: Stats = field(default_factory=Stats)
+
+    def run(self, requests: Sequence[Request], max_batch_size: int) -> Iterator[Event]:
+        """Run all requests, at most `max_batch_size` at a time; events come as they happen."""
+        waiting = deque(requests)
+        rows: list[_Row] = []
+        n_slots = min(len(waiting), max_batch_size)
+        length = max((len(r.prompt) + r.max_new for r in waiting), default=0)
+        cache = self.model.new_cache(n_slots, length)
+        while waiting or rows:
+            if waiting and len(rows) < n_slots:
+                admitted = self._next_group(waiting, n_slots - len(rows))
+                new = [_Row(r, len(r.prompt), r.prompt[-1]) for r in admitted]
+                rows += new
+                yield from self._prefill(new, cache, len(rows) - len(new))
+            else:
+                yield from self._decode(rows, cache)
+            rows = _leave(rows, cache)
+
+    def _next_group(self, waiting: deque[Request], n_free: int) -> list[Request]:
+        """The next requests that are prefilled in one pass: few enough tokens, at least one request."""
+        group = [waiting.popleft()]
+        longest = len(group[0].prompt)
+        while waiting and len(group) < n_free:
+            longest = max(longest, len(waiting[0].prompt))
+            if longest * (len(group) + 1) > PREFILL_TOKENS:
+                break
+            group.append(waiting.popleft())
+        return group
+
+    @torch.inference_mode()
+    def _prefill(self, rows: list[_Row], cache: KVCache, first: int) -> list[Event]:
+        """Run the prompts of new rows, which stand in the slots from `first` on, and choose a token for each."""
+        started = time.perf_counter()
+        device = self.model.ranks.device
+        prompts = [row.request.prompt for row in rows]
+        n_tokens = max(map(len, prompts))
+        # Padding stands to the right: it is written behind a row's end, where no query looks.
+        padded = [[*prompt, *[0] * (n_tokens - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
+        hidden = torch.empty(len(rows), self.model.args.dim, device=device, dtype=self.model.norm.weight.dtype)
+        scores: list[Tensor] = []
+        wants_scores = any(row.request.score_prompt for row in rows)
+        for start in range(0, n_tokens, PREFILL_TOKENS):
+            stop = min(start + PREFILL_TOKENS, n_tokens)
+            positions = torch.arange(start, stop, device=device).expand(len(rows), -1)
+            view = cache.view(first, visible=stop, fresh=start == 0)
+            chunk = self.model.hidden(tokens[:, start:stop], positions=positions, cache=view)
+            inside = (last >= start) & (last < stop)
+            at = (last - start).clamp(0, stop - start - 1)
+            hidden = torch.where(inside.unsqueeze(-1), chunk[torch.arange(len(rows), device=device), at], hidden)
+            if wants_scores:
+                scores.append(self._score(chunk, tokens[:, start + 1 : stop + 1]))
+        prompt_log_probs = torch.cat(scores, dim=1).tolist() if wants_scores else None
+        chosen = self._choose(rows, hidden) if any(row.request.max_new for row in rows) else None
+        self.stats.prefill_tokens += sum(map(len, prompts))
+        self.stats.prefill_seconds += time.perf_counter() - started
+        return self._first_events(rows, chosen, prompt_log_probs)
+
+    def _first_events(
+        self, rows: list[_Row], chosen: list[tuple[int, float]] | None, scores: list[list[float]] | None
+    ) -> list[Event]:
+        events = []
+        for number, row in enumerate(rows):
+            request = row.request
+            if request.score_prompt and scores is not None:
+                own = [0.0, *scores[number][: len(request.prompt) - 1]]
+                events.append(Event(request.index, prompt_log_probs=own))
+            if not request.max_new or chosen is None:
+                row.finished = True
+                events.append(Event(request.index, finish_reason="length"))
+            else:
+                events.append(self._take(row, *chosen[number]))
+        return events
+
+    def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of each next token: hidden [B, T, E], targets [B, T or T - 1] to the latter's shape."""
+        ranks, cuts = self.model.ranks, self.model.partition.vocab
+        hidden = hidden[:, : targets.shape[1]]
+        # Every rank takes pieces of the same size, so that their reductions meet.
+        step = max(1, LOGIT_FLOATS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
+        scores = [
+            log_probs_of(
+                self.model.logits(hidden[:, at : at + step]), targets[:, at : at + step], cuts[ranks.rank], ranks
+            )
+            for at in range(0, targets.shape[1], step)
+        ]
+        return torch.cat(scores, dim=1) if scores else torch.empty(targets.shape, device=hidden.device)
+
+    @torch.inference_mode()
+    def _decode(self, rows: list[_Row], cache: KVCache) -> list[Event]:
+        """One token for every row."""
+        started = time.perf_counter()
+        device = self.model.ranks.device
+        tokens = torch.tensor([[row.token] for row in rows], device=device)
+        positions = torch.tensor([[row.position] for row in rows], device=device)
+        visible = 1 + max(row.position for row in rows)
+        hidden = self.model.hidden(tokens, positions=positions, cache=cache.view(visible=visible))
+        for row in rows:
+            row.position += 1
+        chosen = self._choose(rows, hidden[:, -1])
+        self.stats.decode_tokens += len(rows)
+        self.stats.decode_seconds += time.perf_counter() - started
+        return [self._take(row, *pair) for row, pair in zip(rows, chosen, strict=True)]
+
+    def _choose(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, float]]:
+        """The next token of each row and its log-probability, from hidden [B, E]."""
+        ways = [(row.request.sampling, row.request.index, row.position) for row in rows]
+        batch = Batch.create(ways, hidden.device)
+        tokens, log_probs = sample(
+            self.model.logits(hidden), batch, self.model.partition.vocab, self.n_drawable, self.model.ranks
+        )
+        return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
+
+    def _take(self, row: _Row, token: int, log_prob: float) -> Event:
+        """Give a row its new token; decide whether it ends there."""
+        request = row.request
+        if token in request.stop_tokens:
+            row.finished = True
+            return Event(request.index, finish_reason="stop")
+        row.token, row.n_new = token, row.n_new + 1
+        reason: FinishReason | None = None
+        if request.watch is not None and request.watch(token):
+            reason = "stop"
+        elif row.n_new == request.max_new:
+            reason = "length"
+        row.finished = reason is not None
+        return Event(request.index, token, log_prob, reason)
+
+
+def _leave(rows: list[_Row], cache: KVCache) -> list[_Row]:
+    """The rows that go on, in the first slots: the last ones move into the places of those that left."""
+    slot = 0
+    while slot < len(rows):
+        if not rows[slot].finished:
+            slot += 1
+            continue
+        last = rows.pop()
+        if slot < len(rows):
+            if not last.finished:
+                cache.move(len(rows), slot, last.position)
+            rows[slot] = last
+    return rows

@@ -1,0 +1,470 @@
+"""`Llama`: a model and its tokenizer, and everything that is asked of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama.chat import REFUSAL, ChatFormat, Dialog, chat_format
+from llama.checkpoint.load import load_model
+from llama.checkpoint.source import Checkpoint, open_checkpoint
+from llama.console import notice
+from llama.device import choose_device, choose_dtype, peak_memory, set_threads
+from llama.errors import LlamaError, TokenizerError
+from llama.generation.engine import Engine, FinishReason, Request
+from llama.generation.sampling import Sampling
+from llama.generation.stops import TextWatch
+from llama.model import Transformer
+from llama.parallel import groups
+from llama.parallel.partition import Partition
+from llama.tokenizer import CANDIDATES, Tokenizer, load_tokenizer
+
+Stop = str | int | Sequence[str | int] | None
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """One token of one prompt, as it comes.
+
+    Args:
+        index: the prompt, counted from 0.
+        token: its id; None on an end that adds no token (a stop token, or nothing to generate).
+        text: what it adds to the text; may lag behind while a character, or what could be a stop
+            string, is incomplete. With `echo` the first new token brings the prompt's text along.
+        logprob: its log-probability, natural logarithm, under the model without temperature.
+        finish_reason: "stop" or "length" on the prompt's last token.
+        is_prompt: whether it is one of the prompt's own, which come first with `echo`.
+        n_dropped: on the last token, how many of the newest belong to a stop string.
+    """
+
+    index: int
+    token: int | None
+    text: str = ""
+    logprob: float = 0.0
+    finish_reason: FinishReason | None = None
+    is_prompt: bool = False
+    n_dropped: int = 0
+
+
+@dataclass
+class _Result:
+    """The tokens of one prompt, collected from its stream."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    text: str = ""
+    finish_reason: FinishReason = "length"
+
+
+class Llama:
+    """A model ready to generate; make one with `Llama.build`.
+
+    Under torchrun every rank holds one with its own shard, and every rank must make the same calls in
+    the same order, iterators consumed to the same point. Results are the same on every rank.
+
+    Args:
+        model: this rank's shard.
+        tokenizer: its tokenizer.
+        max_seq_len: tokens of prompt and generation together, at most.
+        max_batch_size: prompts that run at a time, at most.
+        seed: of the sampling noise, unless a call brings its own.
+        format_name: chat format, "auto", "llama2", "llama3" or "alpaca".
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_seq_len: int = 512,
+        max_batch_size: int = 32,
+        seed: int = 1,
+        format_name: str = "auto",
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
+        self.format: ChatFormat = chat_format(format_name, tokenizer)
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size))
+
+    @classmethod
+    def build(
+        cls,
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 32,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        tensor_split: str | Sequence[float] | None = None,
+        threads: int | None = None,
+        chat_format: str = "auto",
+    ) -> Llama:
+        """Load a checkpoint, this rank's shard of it, and its tokenizer.
+
+        Args:
+            ckpt_dir: a folder in Meta's, the ancestor's or Hugging Face's layout, cut into any number
+                of files.
+            tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights,
+                then one folder up.
+            max_seq_len: tokens of prompt and generation together, at most.
+            max_batch_size: prompts that run at a time, at most. No memory is set aside for it.
+            model_parallel_size: ranks that share the model; None for all that torchrun started.
+            seed: of the sampling noise.
+            dtype: "auto", "fp32", "bf16" or "fp16"; see `llama.device.choose_dtype`.
+            device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `llama.device.choose_device`.
+            tensor_split: weights of the ranks, `"3,1"` or a sequence; None for equal shards.
+            threads: CPU threads of this rank; None shares the cores among the local ranks.
+            chat_format: "auto", "llama2", "llama3" or "alpaca".
+
+        Raises:
+            LlamaError: on every rank, with the words of the first rank that met one.
+        """
+        started = time.perf_counter()
+        with groups.phase("files"):
+            _check_counts(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            if threads is not None:
+                _check_counts(threads=threads)
+            chosen_device = choose_device(device)
+            n_threads = set_threads(threads)
+            checkpoint = open_checkpoint(ckpt_dir)
+            tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
+            check_vocabulary(tokenizer, checkpoint)
+            size = groups.model_size(model_parallel_size)
+            partition = Partition.create(checkpoint.args, size, tensor_split)
+            args = checkpoint.args
+            chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, args.n_unique_params)
+            _chat_format = chat_format
+        ranks = groups.start(chosen_device, model_parallel_size)
+        with groups.phase("load"):
+            model = load_model(checkpoint, partition, ranks, chosen_dtype)
+            llama = cls(
+                model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
+                format_name=_chat_format,
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        notice(_describe_build(checkpoint, partition, ranks, chosen_dtype, n_threads, seconds))
+        return llama
+
+    # -- tokens ------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop: Stop = None,
+        seed: int | None = None,
+    ) -> Iterator[StreamedToken]:
+        """Generate for every prompt and yield tokens as they come, prompts interleaved.
+
+        Args:
+            prompts: texts (BOS is put in front) or token ids.
+            max_gen_len: new tokens a prompt, at most; None for as many as `max_seq_len` leaves.
+            temperature: 0 is greedy.
+            top_p, top_k: see `llama.generation.sampling.Sampling`.
+            logprobs: whether a prompt's own log-probabilities are wanted too (with `echo`).
+            echo: yield the prompt's tokens first.
+            stop: strings or token ids that end the text besides the model's own stop tokens.
+            seed: of the noise; None for that of `build`.
+
+        Raises:
+            LlamaError: before anything runs, for an unusable prompt or setting.
+        """
+        encoded = [self._encode(prompt, number) for number, prompt in enumerate(_checked_list(prompts))]
+        sampling = Sampling(temperature, top_p, top_k, self.seed if seed is None else seed)
+        stop_tokens, stop_strings = _split_stop(stop)
+        watches = [TextWatch(self.tokenizer, stop_strings, prompt if echo else ()) for prompt in encoded]
+        requests = [
+            Request(
+                index=number,
+                prompt=prompt,
+                max_new=self._room(prompt, max_gen_len, number),
+                sampling=sampling,
+                stop_tokens=self.tokenizer.stop_tokens | stop_tokens,
+                score_prompt=echo and logprobs,
+                watch=watch.push,
+            )
+            for number, (prompt, watch) in enumerate(zip(encoded, watches, strict=True))
+        ]
+        return self._stream(requests, watches, echo)
+
+    def _stream(
+        self, requests: Sequence[Request], watches: Sequence[TextWatch], echo: bool
+    ) -> Iterator[StreamedToken]:
+        echoed: set[int] = set()
+        for event in self.engine.run(requests, self.max_batch_size):
+            number = event.index
+            if echo and number not in echoed:
+                echoed.add(number)
+                scores = event.prompt_log_probs or [0.0] * len(requests[number].prompt)
+                for token, score in zip(requests[number].prompt, scores, strict=True):
+                    yield StreamedToken(number, token, logprob=score, is_prompt=True)
+            if event.token is None and event.finish_reason is None:
+                continue
+            watch, done = watches[number], event.finish_reason is not None
+            yield StreamedToken(
+                number,
+                event.token,
+                watch.take(final=done),
+                event.log_prob,
+                event.finish_reason,
+                n_dropped=watch.n_dropped if done else 0,
+            )
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        stop: Stop = None,
+        seed: int | None = None,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Generate token ids for prompts of token ids, as Meta's `generate` does.
+
+        Arguments are those of `stream`.
+
+        Returns:
+            New tokens of each prompt, without the stop token, after the prompt's own with `echo`; and with
+            `logprobs` as many log-probabilities, that of a prompt's first token being 0.0.
+        """
+        results = self._collect(
+            prompt_tokens, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
+            logprobs=logprobs, echo=echo, stop=stop, seed=seed,
+        )  # fmt: skip
+        scores = [result.logprobs for result in results] if logprobs else None
+        return [result.tokens for result in results], scores
+
+    def _collect(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[_Result]:
+        """Run the stream to its end; one result a prompt."""
+        results = [_Result([], []) for _ in _checked_list(prompts)]
+        for item in self.stream(prompts, **options):
+            result = results[item.index]
+            result.text += item.text
+            if item.token is not None:
+                result.tokens.append(item.token)
+                result.logprobs.append(item.logprob)
+            if item.finish_reason is not None:
+                kept = len(result.tokens) - item.n_dropped
+                del result.tokens[kept:], result.logprobs[kept:]
+                result.finish_reason = item.finish_reason
+        return results
+
+    def _encode(self, prompt: str | Sequence[int], number: int) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True, eos=False)
+        tokens = [int(token) for token in prompt]
+        if not tokens:
+            raise LlamaError(f"prompt {number} has no tokens: even an empty text begins with BOS")
+        strangers = [token for token in tokens if not 0 <= token < self.model.args.vocab_size]
+        if strangers:
+            raise LlamaError(
+                f"prompt {number} holds token id {strangers[0]}; ids run from 0 to {self.model.args.vocab_size - 1}"
+            )
+        return tokens
+
+    def _room(self, prompt: Sequence[int], max_gen_len: int | None, number: int) -> int:
+        """New tokens that a prompt may get."""
+        if len(prompt) > self.max_seq_len:
+            raise LlamaError(
+                f"prompt {number} has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}: "
+                "shorten it or raise --max_seq_len"
+            )
+        room = self.max_seq_len - len(prompt)
+        if max_gen_len is None:
+            return room
+        if max_gen_len < 0:
+            raise LlamaError(f"max_gen_len must be 0 or more, is {max_gen_len}")
+        return min(room, max_gen_len)
+
+    # -- texts -------------------------------------------------------------------------------------
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+        top_k: int | None = None,
+        stop: Stop = None,
+        seed: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Complete texts, in the shape of Meta's `text_completion` plus a reason.
+
+        Arguments are those of `stream`. `echo=True, logprobs=True, max_gen_len=0` scores a text.
+
+        Returns:
+            One a prompt: `{"generation": str, "finish_reason": "stop" | "length"}`, and with `logprobs`
+            also `"tokens"` (texts of single tokens) and `"logprobs"`.
+        """
+        results = self._collect(
+            prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
+            logprobs=logprobs, echo=echo, stop=stop, seed=seed,
+        )  # fmt: skip
+        completions = []
+        for result in results:
+            completion: dict[str, Any] = {"generation": result.text, "finish_reason": result.finish_reason}
+            if logprobs:
+                completion |= self._details(result)
+            completions.append(completion)
+        return completions
+
+    def _details(self, result: _Result) -> dict[str, Any]:
+        texts = [self.tokenizer.token_text(token) for token in result.tokens]
+        return {"tokens": texts, "logprobs": result.logprobs}
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer dialogs, in the shape of Meta's `chat_completion`.
+
+        Args:
+            dialogs: each a list of `{"role": ..., "content": ...}`; see `llama.chat` for the order.
+            temperature, top_p, max_gen_len, logprobs, top_k, seed: as in `stream`.
+
+        Returns:
+            One a dialog: `{"generation": {"role": "assistant", "content": str}}`, and with `logprobs`
+            also `"tokens"` and `"logprobs"`. A dialog that forges Llama 2's structure is answered with
+            Meta's refusal, without running the model.
+
+        Raises:
+            DialogError: for a dialog of wrong order or role, naming dialog and turn.
+        """
+        encoded = [self.format.encode(dialog, number) for number, dialog in enumerate(_checked_list(dialogs))]
+        safe = [number for number, dialog in enumerate(dialogs) if not self.format.unsafe(dialog)]
+        answers = {number: _Result([], [], text=REFUSAL) for number in range(len(dialogs))}
+        if safe:
+            results = self._collect(
+                [encoded[number] for number in safe], max_gen_len=max_gen_len, temperature=temperature,
+                top_p=top_p, top_k=top_k, logprobs=logprobs, seed=seed, stop=sorted(self.format.stop_tokens),
+            )  # fmt: skip
+            answers |= {number: result for number, result in zip(safe, results, strict=True)}
+        return [
+            {"generation": {"role": "assistant", "content": answer.text}}
+            | (self._details(answer) if logprobs else {})
+            for _, answer in sorted(answers.items())
+        ]
+
+    def summary(self) -> str:
+        """Time, speed and memory so far: a collective call, of which rank 0 prints the text."""
+        stats = self.engine.stats
+        peaks = groups.gather_objects(peak_memory(self.model.ranks.device))
+        memory = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
+        return (
+            f"prefill {stats.prefill_tokens} tokens in {stats.prefill_seconds:.2f} s "
+            f"({_rate(stats.prefill_tokens, stats.prefill_seconds)}), "
+            f"decode {stats.decode_tokens} tokens in {stats.decode_seconds:.2f} s "
+            f"({_rate(stats.decode_tokens, stats.decode_seconds)}); peak memory per rank {memory} GB"
+        )
+
+
+# -- building --------------------------------------------------------------------------------------
+
+
+def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = None) -> Path:
+    """The tokenizer's file or folder: what was named, or beside the weights, or one folder up.
+
+    Raises:
+        TokenizerError: when there is none.
+    """
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
+    beside = Path(ckpt_dir).resolve()
+    for folder in (beside, beside.parent):
+        if any((folder / name).exists() for name in CANDIDATES):
+            return folder
+    raise TokenizerError(
+        f"no tokenizer.model or tokenizer.json in {ckpt_dir} or the folder above it: name it with --tokenizer_path"
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
+    """Whether a tokenizer can serve a model: ids that the model lacks would crash it, so it must not be larger.
+
+    Raises:
+        TokenizerError: naming both sizes.
+    """
+    known, rows = tokenizer.n_words, checkpoint.args.vocab_size
+    if known > rows:
+        raise TokenizerError(
+            f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model"
+        )
+    if 2 * known < rows:
+        raise TokenizerError(
+            f"the tokenizer has {known} tokens and the model {rows}, more than padding explains: "
+            "it belongs to another model"
+        )
+    if known < rows:
+        notice(f"the tokenizer has {known} tokens, the model {rows}: the {rows - known} ids beyond are never sampled")
+
+
+def _describe_build(
+    checkpoint: Checkpoint, partition: Partition, ranks: groups.Ranks, dtype: torch.dtype, threads: int, seconds: float
+) -> str:
+    size = partition.world_size
+    where = "1 process" if size == 1 else f"{size} ranks"
+    files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
+    return (
+        f"loaded {checkpoint.path} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) in {seconds:.1f} s: "
+        f"{where} on {ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
+        f"{threads} thread{'' if threads == 1 else 's'} each"
+    )
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:.1f} tokens/s" if seconds > 0 else "no time"
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _check_counts(**values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise LlamaError(f"{name} must be a whole number above 0, is {value!r}")
+
+
+def _checked_list(values: Any) -> Any:
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise LlamaError(f"prompts must be a list, found {type(values).__name__}")
+    if not values:
+        raise LlamaError("the list of prompts is empty")
+    return values
+
+
+def _split_stop(stop: Stop) -> tuple[frozenset[int], list[str]]:
+    """Stop token ids and stop strings, from either or a list of both."""
+    if stop is None:
+        return frozenset(), []
+    entries = [stop] if isinstance(stop, (str, int)) else list(stop)
+    if any(entry == "" for entry in entries):
+        raise LlamaError("an empty stop string would end every text at once")
+    ids = frozenset(entry for entry in entries if not isinstance(entry, str))
+    return ids, [entry for entry in entries if isinstance(entry, str)]
