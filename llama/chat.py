@@ -217,9 +217,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
     )
 
 
-FORMATS: dict[str, type[ChatFormat]] = {
-    chosen.name: chosen for chosen in (Llama2Format, Llama3Format, AlpacaFormat)
-}
+FORMATS: dict[str, type[ChatFormat]] = {chosen.name: chosen for chosen in (Llama2Format, Llama3Format, AlpacaFormat)}
 
 
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
@@ -239,9 +237,7 @@ def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
 
 def _check_message(message: object, where: str) -> None:
     if not isinstance(message, Mapping):
-        raise DialogError(
-            f"{where}: a message is an object with 'role' and 'content', found {_kind(message)}"
-        )
+        raise DialogError(f"{where}: a message is an object with 'role' and 'content', found {_kind(message)}")
     for key in ("role", "content"):
         if key not in message:
             raise DialogError(f"{where}: the message has no {key!r}")

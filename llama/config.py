@@ -115,9 +115,7 @@ class ModelArgs:
         if self.ffn_dim_multiplier is not None and (
             not _is_number(self.ffn_dim_multiplier) or self.ffn_dim_multiplier <= 0
         ):
-            raise CheckpointError(
-                f"ffn_dim_multiplier must be a positive number, found {self.ffn_dim_multiplier!r}"
-            )
+            raise CheckpointError(f"ffn_dim_multiplier must be a positive number, found {self.ffn_dim_multiplier!r}")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise CheckpointError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
@@ -200,13 +198,14 @@ class ModelArgs:
         theta, scaling = _rope_from_hf(config)
         sizes = {ours: config[theirs] for theirs, ours in _HF_SIZES.items() if config.get(theirs) is not None}
         sizes.setdefault("norm_eps", 1e-6)  # transformers' default, where Meta's is 1e-5
-        ignored = sorted(
-            set(config) - set(_HF_SIZES) - _HF_ROPE - _HF_HARMLESS - set(_HF_NEUTRAL) - set(_HF_REFUSED)
-        )
+        ignored = sorted(set(config) - set(_HF_SIZES) - _HF_ROPE - _HF_HARMLESS - set(_HF_NEUTRAL) - set(_HF_REFUSED))
         if ignored:
             notice(f"config.json: ignored {', '.join(ignored)}")
         return cls(
-            **sizes, rope_theta=theta, rope_scaling=scaling, tied=bool(config.get("tie_word_embeddings", False))
+            **sizes,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied=bool(config.get("tie_word_embeddings", False)),
         )
 
     @classmethod

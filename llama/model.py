@@ -9,6 +9,8 @@ D head_dim, V' this rank's part of the vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., E] to [..., E]."""
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
@@ -52,7 +55,7 @@ class _Build:
         dtype: torch.dtype | None,
     ) -> None:
         self.partition, self.ranks = partition, ranks
-        self.where = {"device": device, "dtype": dtype}
+        self.where: dict[str, Any] = {"device": device, "dtype": dtype}
 
     def column(self, n_in: int, n_out: int, cuts: tuple[range, ...]) -> ColumnParallelLinear:
         # The block copies the input to the ranks once for all of its column-parallel linears.
@@ -86,6 +89,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, table: Table, positions: Tensor, cache: CacheView | None, mask: Tensor | None
     ) -> Tensor:
+        """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         heads = (-1, self.head_dim)
         q = apply_rope(self.wq(x).unflatten(-1, heads), table)  # [B, T, H, D]
         k = apply_rope(self.wk(x).unflatten(-1, heads), table)  # [B, T, K, D]
@@ -127,6 +131,7 @@ class FeedForward(nn.Module):
         self.w3 = build.column(args.dim, args.ffn_dim, partition.ffn)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, E] to [B, T, E]."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 
@@ -144,6 +149,7 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, table: Table, positions: Tensor, cache: CacheView | None, mask: Tensor | None
     ) -> Tensor:
+        """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         normed = copy_to_ranks(self.attention_norm(x), self.ranks)
         x = x + self.attention(normed, table, positions, cache, mask)
         return x + self.feed_forward(copy_to_ranks(self.ffn_norm(x), self.ranks))
@@ -237,9 +243,14 @@ class Transformer(nn.Module):
 
     def new_cache(self, n_slots: int, length: int) -> KVCache:
         """An empty cache for `n_slots` sequences of at most `length` tokens, for this rank's heads."""
-        weight = self.layers[0].attention.wk.weight
         n_kv_heads = len(self.partition.kv_heads[self.ranks.rank])
+        weight = self.norm.weight
         return KVCache(
-            self.args.n_layers, n_slots, length, n_kv_heads, self.args.head_dim,
-            device=weight.device, dtype=weight.dtype,
-        )  # fmt: skip
+            self.args.n_layers,
+            n_slots,
+            length,
+            n_kv_heads,
+            self.args.head_dim,
+            device=weight.device,
+            dtype=weight.dtype,
+        )

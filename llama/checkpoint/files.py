@@ -135,7 +135,16 @@ def _torch_load(path: Path, mmap: bool) -> Mapping[str, Any]:
                 "is refused; ask its author for a file of plain tensors"
             ) from None
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+    ) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is damaged or cut off: {first_line[:200]}") from None
     if not isinstance(state, Mapping):

@@ -73,7 +73,12 @@ class Spec:
 
     def own(self, partition: Partition, rank: int) -> tuple[slice, ...]:
         """The part of the whole tensor that `rank` holds."""
-        cuts = {"vocab": partition.vocab, "q": partition.q_rows, "kv": partition.kv_rows, "ffn": partition.ffn}
+        cuts = {
+            "vocab": partition.vocab,
+            "q": partition.q_rows,
+            "kv": partition.kv_rows,
+            "ffn": partition.ffn,
+        }
         index = []
         for axis, size in zip(self.axes, self.shape, strict=True):
             run = cuts[axis][rank] if axis in CUT_AXES else range(size)

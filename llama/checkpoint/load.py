@@ -64,7 +64,10 @@ def _settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> Mode
     scratch = None
     for where, values in output.read(rows):
         start = rows[0].start + where[0].start
-        part = (slice(start, start + values.shape[0]), slice(where[1].start, where[1].start + values.shape[1]))
+        part = (
+            slice(start, start + values.shape[0]),
+            slice(where[1].start, where[1].start + values.shape[1]),
+        )
         scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
         embedding.read_into(tuple(part), scratch)
         if not torch.equal(scratch, values):

@@ -43,6 +43,7 @@ class SourceTensor:
 
     @property
     def dtype(self) -> torch.dtype:
+        """What it is stored in."""
         return self.pieces[0].dtype
 
     def read_into(self, index: Index, out: Tensor) -> None:

@@ -189,7 +189,10 @@ class Engine:
         step = max(1, LOGIT_FLOATS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
         scores = [
             log_probs_of(
-                self.model.logits(hidden[:, at : at + step]), targets[:, at : at + step], cuts[ranks.rank], ranks
+                self.model.logits(hidden[:, at : at + step]),
+                targets[:, at : at + step],
+                cuts[ranks.rank],
+                ranks,
             )
             for at in range(0, targets.shape[1], step)
         ]

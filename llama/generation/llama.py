@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,31 @@ class StreamedToken:
 
 
 @dataclass
-class _Result:
-    """The tokens of one prompt, collected from its stream."""
+class Completion:
+    """All that came for one prompt.
 
-    tokens: list[int]
-    logprobs: list[float]
+    Args:
+        tokens: new token ids, without stop token or stop string; after the prompt's own with `echo`.
+        logprobs: of each token; that of a prompt's first is 0.0.
+        text: what the tokens say.
+        finish_reason: why it ended.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason = "length"
+
+    def add(self, item: StreamedToken) -> None:
+        """Take the next item of this prompt's stream."""
+        self.text += item.text
+        if item.token is not None:
+            self.tokens.append(item.token)
+            self.logprobs.append(item.logprob)
+        if item.finish_reason is not None:
+            kept = len(self.tokens) - item.n_dropped
+            del self.tokens[kept:], self.logprobs[kept:]
+            self.finish_reason = item.finish_reason
 
 
 class Llama:
@@ -199,9 +217,7 @@ class Llama:
         ]
         return self._stream(requests, watches, echo)
 
-    def _stream(
-        self, requests: Sequence[Request], watches: Sequence[TextWatch], echo: bool
-    ) -> Iterator[StreamedToken]:
+    def _stream(self, requests: Sequence[Request], watches: Sequence[TextWatch], echo: bool) -> Iterator[StreamedToken]:
         echoed: set[int] = set()
         for event in self.engine.run(requests, self.max_batch_size):
             number = event.index
@@ -242,27 +258,19 @@ class Llama:
             New tokens of each prompt, without the stop token, after the prompt's own with `echo`; and with
             `logprobs` as many log-probabilities, that of a prompt's first token being 0.0.
         """
-        results = self._collect(
+        results = self.collect(
             prompt_tokens, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
             logprobs=logprobs, echo=echo, stop=stop, seed=seed,
         )  # fmt: skip
         scores = [result.logprobs for result in results] if logprobs else None
         return [result.tokens for result in results], scores
 
-    def _collect(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[_Result]:
-        """Run the stream to its end; one result a prompt."""
-        results = [_Result([], []) for _ in _checked_list(prompts)]
+    def collect(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Completion]:
+        """Run `stream` with these arguments to its end: one completion a prompt."""
+        completions = [Completion() for _ in _checked_list(prompts)]
         for item in self.stream(prompts, **options):
-            result = results[item.index]
-            result.text += item.text
-            if item.token is not None:
-                result.tokens.append(item.token)
-                result.logprobs.append(item.logprob)
-            if item.finish_reason is not None:
-                kept = len(result.tokens) - item.n_dropped
-                del result.tokens[kept:], result.logprobs[kept:]
-                result.finish_reason = item.finish_reason
-        return results
+            completions[item.index].add(item)
+        return completions
 
     def _encode(self, prompt: str | Sequence[int], number: int) -> list[int]:
         if isinstance(prompt, str):
@@ -313,7 +321,7 @@ class Llama:
             One a prompt: `{"generation": str, "finish_reason": "stop" | "length"}`, and with `logprobs`
             also `"tokens"` (texts of single tokens) and `"logprobs"`.
         """
-        results = self._collect(
+        results = self.collect(
             prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
             logprobs=logprobs, echo=echo, stop=stop, seed=seed,
         )  # fmt: skip
@@ -325,7 +333,7 @@ class Llama:
             completions.append(completion)
         return completions
 
-    def _details(self, result: _Result) -> dict[str, Any]:
+    def _details(self, result: Completion) -> dict[str, Any]:
         texts = [self.tokenizer.token_text(token) for token in result.tokens]
         return {"tokens": texts, "logprobs": result.logprobs}
 
@@ -353,20 +361,25 @@ class Llama:
         Raises:
             DialogError: for a dialog of wrong order or role, naming dialog and turn.
         """
-        encoded = [self.format.encode(dialog, number) for number, dialog in enumerate(_checked_list(dialogs))]
-        safe = [number for number, dialog in enumerate(dialogs) if not self.format.unsafe(dialog)]
-        answers = {number: _Result([], [], text=REFUSAL) for number in range(len(dialogs))}
-        if safe:
-            results = self._collect(
-                [encoded[number] for number in safe], max_gen_len=max_gen_len, temperature=temperature,
-                top_p=top_p, top_k=top_k, logprobs=logprobs, seed=seed, stop=sorted(self.format.stop_tokens),
-            )  # fmt: skip
-            answers |= {number: result for number, result in zip(safe, results, strict=True)}
+        answers = self.answer(
+            dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
+            logprobs=logprobs, seed=seed,
+        )  # fmt: skip
         return [
-            {"generation": {"role": "assistant", "content": answer.text}}
-            | (self._details(answer) if logprobs else {})
-            for _, answer in sorted(answers.items())
+            {"generation": {"role": "assistant", "content": answer.text}} | (self._details(answer) if logprobs else {})
+            for answer in answers
         ]
+
+    def answer(self, dialogs: Sequence[Dialog], **options: Any) -> list[Completion]:
+        """Answer dialogs with the arguments of `stream`: one completion a dialog, see `chat_completion`."""
+        encoded = [self.format.encode(dialog, number) for number, dialog in enumerate(_checked_list(dialogs))]
+        answers = [Completion(text=REFUSAL, finish_reason="stop") for _ in dialogs]
+        safe = [number for number, dialog in enumerate(dialogs) if not self.format.unsafe(dialog)]
+        if safe:
+            options["stop"] = sorted(self.format.stop_tokens)
+            for number, answer in zip(safe, self.collect([encoded[n] for n in safe], **options), strict=True):
+                answers[number] = answer
+        return answers
 
     def summary(self) -> str:
         """Time, speed and memory so far: a collective call, of which rank 0 prints the text."""
@@ -409,9 +422,7 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
     """
     known, rows = tokenizer.n_words, checkpoint.args.vocab_size
     if known > rows:
-        raise TokenizerError(
-            f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model"
-        )
+        raise TokenizerError(f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model")
     if 2 * known < rows:
         raise TokenizerError(
             f"the tokenizer has {known} tokens and the model {rows}, more than padding explains: "
@@ -422,7 +433,12 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
 
 
 def _describe_build(
-    checkpoint: Checkpoint, partition: Partition, ranks: groups.Ranks, dtype: torch.dtype, threads: int, seconds: float
+    checkpoint: Checkpoint,
+    partition: Partition,
+    ranks: groups.Ranks,
+    dtype: torch.dtype,
+    threads: int,
+    seconds: float,
 ) -> str:
     size = partition.world_size
     where = "1 process" if size == 1 else f"{size} ranks"

@@ -56,6 +56,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
+        """Whether the best token is taken, without noise."""
         return self.temperature == 0
 
     @property
@@ -150,9 +151,7 @@ class Candidates:
     log_norm_scaled: Tensor  # of the drawable logits over temperature
 
 
-def sample(
-    logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Choose one token a row.
 
     Args:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from llama.parallel.groups import Ranks
 
-
-_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-# torch 2.13 renamed it.
+# torch 2.13 renamed both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _functional_all_gather = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
@@ -46,7 +46,7 @@ def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     if torch.compiler.is_compiling():
         return functional.wait_tensor(_functional_all_gather(x, 0, ranks.group))
     gathered = x.new_empty(ranks.world_size, *x.shape[1:])
-    dist.all_gather_into_tensor(gathered, x, group=ranks.group)
+    _all_gather(gathered, x, group=ranks.group)
     return gathered
 
 

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -49,7 +49,7 @@ class Ranks:
     world_size: int = 1
     group: Any = None
     control: Any = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 _current = Ranks()
@@ -225,18 +225,26 @@ def _rebuild(text: str) -> LlamaError:
     return getattr(errors, kind, LlamaError)(message)
 
 
-def leave_together(seconds: float = 20.0) -> None:
-    """Wait until rank 0 has spoken: torchrun ends every rank as soon as one is gone.
-
-    Rank 0 calls this after it has printed its last line, the others before they exit.
-    """
-    if env.world_size() == 1 or _store is None:
-        return
-    with contextlib.suppress(dist.DistError):
-        if env.rank() == 0:
+def announce_spoken() -> None:
+    """Rank 0: tell the others that the last line is printed, so that they may leave."""
+    if _store is not None and env.rank() == 0:
+        with contextlib.suppress(dist.DistError):
             _store.set("spoken", "yes")
-        else:
-            _store.wait(["spoken"], timedelta(seconds=seconds))
+
+
+def wait_for_speaker(seconds: float = 20.0) -> bool:
+    """Other ranks: wait until rank 0 has spoken, since torchrun ends every rank as soon as one is gone.
+
+    Returns:
+        Whether it has; otherwise this rank must speak for itself.
+    """
+    if _store is None:
+        return False
+    try:
+        _store.wait(["spoken"], timedelta(seconds=seconds))
+    except dist.DistError:
+        return False
+    return True
 
 
 # -- ranks that are lost ---------------------------------------------------------------------------

@@ -83,6 +83,7 @@ class ColumnParallelLinear(_Sharded):
             init_method(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features], or this rank's features of them."""
         if self.copy_input:
             x = copy_to_ranks(x, self.ranks)
         y = F.linear(x, self.weight, self.bias)
@@ -125,6 +126,7 @@ class RowParallelLinear(_Sharded):
             init_method(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features], or this rank's features of them, to [..., out_features]."""
         if not self.input_is_parallel:
             x = scatter_to_ranks(x, self.cuts, self.ranks)
         y = reduce_from_ranks(F.linear(x, self.weight), self.ranks)
@@ -161,6 +163,7 @@ class VocabParallelEmbedding(_Sharded):
             init_method(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """[...] int64 to [..., embedding_dim]."""
         if self.ranks.world_size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.own.start

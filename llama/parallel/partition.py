@@ -124,8 +124,7 @@ class Partition:
         """
         if world_size > args.n_heads:
             raise PartitionError(
-                f"{world_size} ranks but only {args.n_heads} attention heads: "
-                f"start at most {args.n_heads} ranks"
+                f"{world_size} ranks but only {args.n_heads} attention heads: start at most {args.n_heads} ranks"
             )
         weights = parse_tensor_split(tensor_split, world_size)
         heads, kv_heads = _cut_heads(args, weights)
@@ -136,6 +135,7 @@ class Partition:
 
     @property
     def world_size(self) -> int:
+        """Ranks of one model."""
         return len(self.weights)
 
     @cached_property
@@ -160,9 +160,7 @@ class Partition:
         return args.n_layers * layer + tables + args.dim
 
 
-def _cut_heads(
-    args: ModelArgs, weights: Sequence[float]
-) -> tuple[tuple[range, ...], tuple[range, ...]]:
+def _cut_heads(args: ModelArgs, weights: Sequence[float]) -> tuple[tuple[range, ...], tuple[range, ...]]:
     """Query heads and the KV heads that serve them: whole groups a rank, or ranks inside one group."""
     if len(weights) <= args.n_kv_heads:
         kv_heads = ranges(apportion(args.n_kv_heads, weights))
@@ -192,9 +190,7 @@ def _ranks_of_groups(args: ModelArgs, weights: Sequence[float]) -> list[tuple[in
                 if n_ranks - stop > left * group:
                     continue
                 shares = apportion(group, weights[used:stop])
-                misfit = sum(
-                    (share - weights[used + i] * args.n_heads) ** 2 for i, share in enumerate(shares)
-                )
+                misfit = sum((share - weights[used + i] * args.n_heads) ** 2 for i, share in enumerate(shares))
                 if stop not in step or cost + misfit < step[stop][0] - 1e-12:
                     step[stop] = (cost + misfit, [*runs, (used, stop)])
         best = step
@@ -210,17 +206,13 @@ def _cut_ffn(
 ) -> tuple[range, ...]:
     """FFN columns, so that attention and FFN together follow the weights."""
     # Columns of dim parameters: wq and wo have head_dim of them a head, wk and wv likewise.
-    attention = [
-        2 * args.head_dim * (len(q) + len(kv)) for q, kv in zip(heads, kv_heads, strict=True)
-    ]
+    attention = [2 * args.head_dim * (len(q) + len(kv)) for q, kv in zip(heads, kv_heads, strict=True)]
     total = sum(attention) + 3 * args.ffn_dim
     wanted = [max(weight * total - held, 0.0) for weight, held in zip(weights, attention, strict=True)]
     if block is None:
         block = _largest_block(args.ffn_dim, FFN_BLOCK, lambda n: _is_even(n, wanted))
     elif args.ffn_dim // block < len(weights):
-        raise PartitionError(
-            f"an FFN of {args.ffn_dim} columns in groups of {block} cannot serve {len(weights)} ranks"
-        )
+        raise PartitionError(f"an FFN of {args.ffn_dim} columns in groups of {block} cannot serve {len(weights)} ranks")
     return weighted_ranges(args.ffn_dim, wanted, block)
 
 

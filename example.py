@@ -1,0 +1,79 @@
+"""Complete prompts or answer dialogs: `torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/7B_fs4`."""
+
+from pathlib import Path
+
+from llama import Llama
+from llama.cli import run
+from llama.generation import command
+from llama.parallel import groups
+
+TINY = str(Path(__file__).parent / "ckpts" / "tiny")
+
+
+def main(
+    ckpt_dir: str = TINY,
+    tokenizer_path: str | None = None,
+    prompts: str | None = None,
+    prompt_file: str | None = None,
+    dialogs: str | None = None,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    top_k: int | None = None,
+    max_seq_len: int = 512,
+    max_batch_size: int = 32,
+    max_gen_len: int | None = None,
+    seed: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    tensor_split: str | None = None,
+    chat_format: str = "auto",
+    logprobs: bool = False,
+    echo: bool = False,
+    stream: bool = False,
+    interactive: bool = False,
+    output_json: str | None = None,
+) -> None:
+    """Run a Llama on any number of ranks, from any checkpoint layout.
+
+    Args:
+        ckpt_dir: folder of the weights; without it, the bundled model.
+        tokenizer_path: its tokenizer; by default beside the weights or one folder up.
+        prompts: a text to complete, or a JSON list of texts.
+        prompt_file: a file with one prompt a line, or a .json list of texts.
+        dialogs: a JSON file of dialogs to answer.
+        temperature: 0 is greedy.
+        top_p: keep the most probable tokens until their probabilities sum to this.
+        top_k: keep this many tokens.
+        max_seq_len: tokens of prompt and completion together, at most.
+        max_batch_size: prompts that run at a time, at most.
+        max_gen_len: new tokens a prompt, at most.
+        seed: of the sampling; the same text at any number of ranks.
+        dtype: auto, fp32, bf16 or fp16.
+        device: auto, cpu, cuda, cuda:N or mps.
+        threads: CPU threads of each rank.
+        tensor_split: weights of the ranks, such as 3,1.
+        chat_format: auto, llama2, llama3 or alpaca, for --dialogs.
+        logprobs: show log-probabilities.
+        echo: show the prompt as part of the completion.
+        stream: print tokens as they come, one prompt after another.
+        interactive: read prompts from the keyboard.
+        output_json: write prompts, completions, tokens and log-probabilities to this file.
+    """
+    with groups.phase("settings"):
+        settings = command.Settings(
+            temperature, top_p, top_k, max_gen_len, logprobs=logprobs or output_json is not None, echo=echo
+        )
+        tasks = command.read_tasks(prompts, prompt_file, dialogs, interactive, ckpt_dir)
+        command.check_writable(output_json)
+    llama = Llama.build(
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device,
+        tensor_split=tensor_split, threads=threads, chat_format=chat_format,
+    )  # fmt: skip
+    records = command.perform(llama, tasks, settings, stream)
+    if output_json is not None:
+        command.write_json(output_json, records)
+
+
+if __name__ == "__main__":
+    run(main)
