@@ -1,0 +1,63 @@
+"""Fixtures that every test may use; the tools behind them stand in support.py and ranks.py."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Test modules lie in folders that mirror llama/; the tools lie here.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+from ranks import RankPools  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a card run only where one is."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[RankPools]:
+    pools = RankPools()
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def on_ranks(pools: RankPools) -> Callable[..., list]:
+    """`on_ranks(world_size, function, *args)` runs it on every rank and returns what each gave, in order.
+
+    The ranks of a world size are started once and serve all tests.
+    """
+    return pools.run
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real tokenizers and records that LLAMA_TEST_DATA names."""
+    folder = os.environ.get("LLAMA_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("LLAMA_TEST_DATA names no folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT

@@ -1,0 +1,97 @@
+"""Ranks that stay: one set of processes a world size, shared by all tests."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT_S = 180
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    """A rank: starts the groups, then runs what it is sent."""
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    import torch
+
+    from llama.parallel import groups
+
+    torch.set_num_threads(1)
+    groups.start(torch.device("cpu"))
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            function, args = task
+            answer = (True, function(*args))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        pipe.send(answer)
+
+
+class _Pool:
+    def __init__(self, world_size: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT_S if not answers else 10):
+                raise TimeoutError(f"rank {rank} gave no answer; so far: {answers}")
+            answers.append(pipe.recv())
+        failures = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
+        if failures:
+            raise AssertionError("\n".join(failures))
+        return [value for _, value in answers]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+
+class RankPools:
+    """The pools of all world sizes, started when first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, _Pool] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run `function(*args)` on every rank; one rank runs in this process, without groups."""
+        if world_size == 1:
+            return [function(*args)]
+        if world_size not in self._pools:
+            self._pools[world_size] = _Pool(world_size)
+        try:
+            return self._pools[world_size].run(function, args)
+        except BaseException:
+            # A failure leaves ranks waiting for each other: later tests get fresh ones.
+            self._pools.pop(world_size).close()
+            raise
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
