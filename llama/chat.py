@@ -183,7 +183,7 @@ class AlpacaFormat(ChatFormat):
     """Stanford Alpaca's instruction templates, one text with BOS in front.
 
     A system message becomes the instruction and the first user message its input. Stanford defines single
-    turns only; here later turns continue the text with the same headings.
+    turns only, the answer right behind the last heading; here later turns continue the text in the same way.
     """
 
     name = "alpaca"
@@ -193,7 +193,7 @@ class AlpacaFormat(ChatFormat):
         opening = 2 if dialog[0]["role"] == "system" else 1
         text = alpaca_prompt(*texts[:opening])
         for answer, user in zip(texts[opening::2], texts[opening + 1 :: 2], strict=True):
-            text += f"\n{answer}\n\n### Instruction:\n{user}\n\n### Response:"
+            text += f"{answer}\n\n### Instruction:\n{user}\n\n### Response:"
         return self.tokenizer.encode(text, bos=True, eos=False)
 
 

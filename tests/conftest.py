@@ -12,8 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test modules lie in folders that mirror llama/; the tools lie here.
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from ranks import RankPools  # noqa: E402
+import torch
+from ranks import RankPools
 
 ROOT = Path(__file__).parent.parent
 

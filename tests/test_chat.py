@@ -194,9 +194,7 @@ def test_llama3_stops_at_each_of_its_ends(tt):
 
 
 def test_llama3_needs_its_special_tokens(sp):
-    with pytest.raises(
-        TokenizerError, match=r"needs <\|start_header_id\|>, which this sentencepiece .* lacks"
-    ):
+    with pytest.raises(TokenizerError, match=r"needs <\|start_header_id\|>, which this sentencepiece .* lacks"):
         Llama3Format(sp[0])
 
 
@@ -219,7 +217,7 @@ def test_alpaca_dialogs(sp):
     assert chat.encode([system("Add."), user("1 2")]) == [1, *encode(alpaca_prompt("Add.", "1 2"))]
     turns = [system("Add."), user("1 2"), assistant("3"), user("And 4?"), assistant("7"), user("Why?")]
     text = alpaca_prompt("Add.", "1 2") + (
-        "\n3\n\n### Instruction:\nAnd 4?\n\n### Response:\n7\n\n### Instruction:\nWhy?\n\n### Response:"
+        "3\n\n### Instruction:\nAnd 4?\n\n### Response:7\n\n### Instruction:\nWhy?\n\n### Response:"
     )
     assert chat.encode(turns) == [1, *encode(text)]
 
@@ -232,9 +230,7 @@ def test_chat_format_by_name(sp, tt):
         chat = chat_format(name, tokenizer)
         assert chat.name == name
         assert chat.stop_tokens == tokenizer.stop_tokens
-    with pytest.raises(
-        UsageError, match="unknown chat format 'chatml': use 'auto', 'llama2', 'llama3' or 'alpaca'"
-    ):
+    with pytest.raises(UsageError, match="unknown chat format 'chatml': use 'auto', 'llama2', 'llama3' or 'alpaca'"):
         chat_format("chatml", llama2)
 
 

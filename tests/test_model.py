@@ -1,5 +1,6 @@
 """The model against transformers, and cut against whole, in float32."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_cached_equals_uncached(generation: str) -> None:
     cache = model.new_cache(3, N_TOKENS)
     chunks = [0, 70, 71, 72, 140, *range(141, N_TOKENS + 1)]
     pieces = []
-    for start, stop in zip(chunks, chunks[1:], strict=False):
+    for start, stop in itertools.pairwise(chunks):
         positions = torch.arange(start, stop).expand(3, -1)
         view = cache.view(visible=stop, fresh=start == 0)
         pieces.append(model(tokens[:, start:stop], positions=positions, cache=view))

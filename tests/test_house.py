@@ -1,0 +1,106 @@
+"""The house: imports point one way, folders of files stay folders of files, importing is quick."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# What each part of llama/ may import, by the part's first name; a part may always import itself.
+BASE = {"errors", "env", "console", "config"}
+MODEL = BASE | {"rope", "cache", "parallel", "device"}
+TEXT = {"errors", "tokenizer"}
+ALLOWED = {
+    "errors": set(),
+    "env": {"errors"},
+    "console": {"env"},
+    "config": {"errors", "console"},
+    "rope": {"config"},
+    "cache": set(),
+    "device": {"env", "errors"},
+    "parallel": {"errors", "env", "config"},
+    "model": MODEL,
+    "checkpoint": MODEL | {"model"},
+    "tokenizer": {"errors"},
+    "chat": TEXT,
+    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},
+    "cli": BASE | {"parallel"},
+}
+
+
+def modules(root: Path) -> list[Path]:
+    return sorted((root / "llama").rglob("*.py"))
+
+
+def part_of(path: Path, root: Path) -> str:
+    return path.relative_to(root / "llama").parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" if node.module == "llama" else node.module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        parts |= {name.split(".")[1] for name in names if name and name.startswith("llama.")}
+        assert not any(name and name.split(".")[0] in {"scripts", "example"} for name in names), path
+    return parts
+
+
+def test_imports_point_one_way(root: Path) -> None:
+    for path in modules(root):
+        part = part_of(path, root)
+        if part == "__init__":
+            continue
+        strangers = imported_parts(path) - ALLOWED[part] - {part}
+        assert not strangers, f"{path.relative_to(root)} imports {strangers}"
+
+
+def test_the_rule_knows_every_part(root: Path) -> None:
+    assert {part_of(path, root) for path in modules(root)} - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("name", ["ckpts", "datasets"])
+def test_folders_of_files_hold_no_code(root: Path, name: str) -> None:
+    assert not list((root / name).rglob("*.py"))
+
+
+def in_fresh_python(root: Path, code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_datasets_is_hugging_faces_package(root: Path) -> None:
+    assert in_fresh_python(root, "import datasets; print(datasets.load_dataset.__module__)") == "datasets.load"
+
+
+def test_importing_llama_pulls_in_no_heavy_package(root: Path) -> None:
+    heavy = "{'transformers', 'peft', 'datasets', 'fairscale', 'sympy', 'matplotlib'}"
+    assert in_fresh_python(root, f"import sys, llama; print({heavy} & set(sys.modules) or 'none')") == "none"
+
+
+def test_entry_points_are_short(root: Path) -> None:
+    for path in root.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 80, path.name
+
+
+def test_pins_and_ranges_agree(root: Path) -> None:
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    lines = [line.split("#")[0].strip() for line in (root / "requirements.txt").read_text().splitlines()]
+    pins = {Requirement(line).name: Requirement(line) for line in lines if line}
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(text for extra in project["optional-dependencies"].values() for text in extra),
+    ]
+    for requirement in map(Requirement, wanted):
+        version = str(pins[requirement.name].specifier).removeprefix("==")
+        assert version in requirement.specifier, requirement

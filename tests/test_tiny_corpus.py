@@ -1,0 +1,168 @@
+"""The corpus of the bundled model: it repeats itself, tells the truth, and keeps what is held out out."""
+
+import itertools
+import random
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import tiny_corpus as corpus  # noqa: E402
+
+N = 300
+
+
+def _numbers(text):
+    return [int(number) for number in re.findall(r"\d+", text)]
+
+
+def _listed(text):
+    """The words of the longest comma-separated list in `text`."""
+    return max((m.split(", ") for m in re.findall(r"\w+(?:, \w+)+", text)), key=len)
+
+
+def _solve_recall(item):
+    *facts, question = re.split(r"(?<=[.?]) ", item.question)
+    known = dict(re.fullmatch(r"(\w+) (?:has|is) (.*)\.", fact).groups() for fact in facts)
+    for asked, answer in ((question, item.answer), item.follow_up):
+        name = re.search(r"(?:does|is) ([A-Z]\w+)", asked)
+        if name:
+            assert known[name[1]] == answer
+        else:
+            value = re.fullmatch(r"Who (?:has|is) (.*)\?", asked)[1]
+            assert re.sub("^a ", "the ", known[answer]) == value
+
+
+def _solve(item):
+    """The right answer, worked out from the question's words alone."""
+    question, numbers = item.question, _numbers(item.question)
+    match item.family:
+        case "add":
+            return str(sum(numbers))
+        case "compare":
+            return str(max(numbers) if "larger" in question else min(numbers))
+        case "next":
+            return str(numbers[0] + (1 if "after" in question else -1))
+        case "sort":
+            return ", ".join(map(str, sorted(numbers)))
+        case "count":
+            return str(len(_listed(question)))
+        case "copy":
+            return ", ".join(_listed(question))
+        case "reverse":
+            return ", ".join(reversed(_listed(question)))
+        case "position":
+            place = re.search("first|second|third|last", question)[0]
+            return _listed(question)[("first", "second", "third", "last").index(place) if place != "last" else -1]
+        case "pick":
+            kind = next(kind for kind in corpus.CATEGORIES if kind in question)
+            (word,) = [word for word in _listed(question) if word in corpus.CATEGORIES[kind]]
+            return word
+
+
+@pytest.mark.parametrize("family", corpus.FAMILIES)
+@pytest.mark.parametrize("held_out", [False, True])
+def test_answers_are_right(family, held_out):
+    rng = random.Random(3)
+    for _ in range(N):
+        item = corpus.make_item(family, rng, held_out=held_out)
+        assert item.family == family
+        assert item.answer == item.answer.strip()
+        if family == "recall":
+            _solve_recall(item)
+        else:
+            assert item.answer == _solve(item), item
+
+
+@pytest.mark.parametrize("family", corpus.FAMILIES)
+def test_heldout_is_what_its_seed_says(family):
+    pairs = corpus.heldout(family, 50, 7)
+    assert pairs == corpus.heldout(family, 50, 7)
+    assert pairs != corpus.heldout(family, 50, 8)
+    assert len(set(pairs)) == 50
+    assert [answer for _, answer in pairs] == [item.answer for item in corpus.heldout_items(family, 50, 7)]
+
+
+def test_documents_repeat():
+    first, second, other = (list(itertools.islice(corpus.documents(seed), 500)) for seed in (5, 5, 6))
+    assert first == second != other
+
+
+def test_hash_is_pinned():
+    """The committed weights were trained on this split: another hash would leak."""
+    assert [n for n in range(200) if corpus.is_held_out(f"pair 7 {n}")] == [16, 28, 66, 85, 99, 122, 154, 176, 190]
+
+
+@pytest.mark.parametrize("family", corpus.FAMILIES)
+def test_about_one_item_in_twelve_is_held_out(family):
+    rng = random.Random(4)
+    drawn = [corpus._MAKERS[family](rng) for _ in range(4000)]
+    assert 0.05 < sum(corpus.is_held_out(item.key) for item in drawn) / len(drawn) < 0.11
+
+
+def test_training_never_shows_a_held_out_item():
+    """By key where items are drawn, and by text: no held-out question or list stands in a document."""
+    lines = set()
+    lists = set()
+    pairs = set()
+    for document in itertools.islice(corpus.documents(9), 20_000):
+        for turn in document:
+            text = turn.prompt.replace(" [/INST]", "")
+            lines.add(re.sub(r"^.*(\[INST\]|Q:|Question:|Task:|User:|Teacher:) ", "", text).split("\n")[0])
+            lists.update(re.findall(r"\w+(?:, \w+){1,}", turn.prompt + " ; " + turn.completion))
+            found = re.search(r"(\d+) (?:\+|plus|and|or) (\d+)", turn.prompt)
+            if found:
+                pairs.add(tuple(sorted(map(int, found.groups()))))
+    assert len(pairs) > 2000
+    for family in corpus.FAMILIES:
+        for item in corpus.heldout_items(family, 200, 11):
+            assert item.question not in lines
+            if family in ("copy", "reverse", "position", "count", "pick"):
+                words = _listed(item.question)
+                assert ", ".join(words) not in lists
+                assert ", ".join(reversed(words)) not in lists
+            if family in ("add", "compare"):
+                assert tuple(sorted(_numbers(item.question))) not in pairs
+
+
+def test_chat_turns_are_metas():
+    seen = {"system": False, "second": False}
+    for document in itertools.islice(corpus.documents(2), 3000):
+        if not document[0].prompt.startswith("[INST]"):
+            continue
+        for i, turn in enumerate(document):
+            assert re.fullmatch(r"\[INST\] (<<SYS>>\n.+\n<</SYS>>\n\n)?\S.* \[/INST\]", turn.prompt)
+            assert turn.completion == turn.completion.strip() + " "
+            seen["system"] |= "<<SYS>>" in turn.prompt
+            seen["second"] |= i > 0
+            assert i == 0 or "<<SYS>>" not in turn.prompt
+    assert all(seen.values())
+
+
+def test_alpaca_template_is_kept_out():
+    text = " ".join(
+        f"{turn.prompt} {turn.completion}"
+        for document in itertools.islice(corpus.documents(1), 5000)
+        for turn in document
+    )
+    for part in ("###", "Below is", "nstruction", "esponse"):
+        assert part not in text
+
+
+def test_every_form_is_asked():
+    prompts = [prompt for family in corpus.FAMILIES for prompt, _ in corpus.heldout(family, 60, 1)]
+    for opening in ("Q: ", "Question: ", "Task: ", "User: ", "Teacher: ", "[INST] ", "[INST] <<SYS>>\n"):
+        assert any(opening in prompt for prompt in prompts)
+
+
+def test_stories_are_whole():
+    rng = random.Random(1)
+    for _ in range(500):
+        text = corpus.story(rng)
+        assert not re.search(r"[{}]|  |\ba [aeiou]", text)
+        assert text[0].isupper()
+        assert text.rstrip('"')[-1] in ".!"
