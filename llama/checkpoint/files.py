@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -113,12 +114,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             magic = file.read(8)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     if not magic:
         raise CheckpointError(f"{path} is empty")
     if magic.startswith(b"version"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it came from")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     return _read_zip(path) if magic.startswith(b"PK") else _read_legacy(path)
 
 
@@ -135,31 +136,25 @@ def _torch_load(path: Path, mmap: bool) -> Mapping[str, Any]:
                 "is refused; ask its author for a file of plain tensors"
             ) from None
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint") from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # damaged bytes make torch's reader fail in any way
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path} is damaged or cut off: {first_line[:200]}") from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not named tensors")
-    strangers = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
+    strangers = [str(name) for name, value in state.items() if not _is_plain(value)]
     if strangers:
-        raise CheckpointError(f"{path} holds entries that are no tensors: {', '.join(strangers[:5])}")
+        raise CheckpointError(f"{path} holds entries that are no plain tensors: {', '.join(strangers[:5])}")
     return state
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor whose values lie in a storage: not sparse, not without data ("meta")."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 def _refused_global(error: Exception) -> str:
-    words = str(error).replace("`", " ").replace("'", " ").split()
-    names = [word.rstrip(".,") for word in words if "." in word.rstrip(".,") and "/" not in word]
-    known = [name for name in names if not name.startswith(("torch.", "docs.", "pytorch."))]
-    return (known or names or ["an unknown object"])[0]
+    found = re.search(r"(?:GLOBAL|global) ([\w.]*\w)", str(error))
+    return found[1] if found else "an unknown object"
 
 
 def _read_zip(path: Path) -> dict[str, StoredTensor]:
@@ -186,7 +181,7 @@ def _mapping_base(path: Path, state: Mapping[str, Tensor]) -> int:
     }
     if not storages:
         return 0
-    records = _record_sizes(path)
+    records = _storage_records(path)
     first = min(storages)
     for offset, size in sorted(records.items()):
         base = first - offset
@@ -195,17 +190,19 @@ def _mapping_base(path: Path, state: Mapping[str, Tensor]) -> int:
     raise CheckpointError(f"{path} is damaged: its tensors do not lie where its directory says")
 
 
-def _record_sizes(path: Path) -> dict[int, int]:
-    """Byte offset and size of every record of the archive that torch.save writes."""
+def _storage_records(path: Path) -> dict[int, int]:
+    """Byte offset and size of every storage in the archive that torch.save writes: `NAME/data/KEY`."""
     sizes = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
             for record in archive.infolist():
+                if not record.filename.partition("/")[2].startswith("data/"):
+                    continue
                 # The data follows the local header, whose name and extra field have their own lengths.
                 file.seek(record.header_offset + 26)
                 name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
                 sizes[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
-    except (zipfile.BadZipFile, struct.error) as error:
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or cut off: {error}") from None
     return sizes
 
@@ -246,7 +243,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         return {name: _safetensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is damaged: its safetensors header cannot be read") from None

@@ -54,7 +54,7 @@ def _settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> Mode
     """Whether the output layer shares the embedding's memory.
 
     Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in this
-    rank's rows, and both where tuning has set them apart.
+    rank's rows, and both where tuning has set them apart (as transformers does).
     """
     args = checkpoint.args
     if not args.tied or "output.weight" not in checkpoint.tensors:

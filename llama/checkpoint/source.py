@@ -22,7 +22,7 @@ from llama.errors import CheckpointError
 
 SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
 HF_NAMES = ("model.safetensors", "pytorch_model.bin")
-MOST_NAMED = 8  # tensors listed in one message
+MOST_NAMED = 20  # tensors listed in one message
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,9 @@ def _open_hf(folder: Path, name: str) -> Checkpoint:
     expected = specs(args)
     problems = _Problems()
     by_hf_name = {spec.hf_name: spec for spec in expected.values()}
+    embedding, output = (expected[name].hf_name for name in ("tok_embeddings.weight", "output.weight"))
+    if args.tied and embedding not in stored and output in stored:
+        stored[embedding] = stored.pop(output)  # safetensors' save_model keeps either name
     problems.unexpected = [key for key in stored if key not in by_hf_name]
     tensors = {}
     for spec in expected.values():
@@ -225,8 +228,6 @@ def _open_hf(folder: Path, name: str) -> Checkpoint:
         tensor = SourceTensor(spec, (stored[spec.hf_name],), head_rows=args.head_dim if spec.permuted else 0)
         problems.check_shape(spec, tensor)
         tensors[spec.name] = tensor
-    if args.tied:
-        tensors.pop("output.weight", None)  # transformers reads the embedding instead, whatever is stored
     problems.raise_if_any(folder, n_files)
     return Checkpoint(folder, "hf", args, tensors, n_files)
 

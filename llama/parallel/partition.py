@@ -41,6 +41,8 @@ def parse_tensor_split(tensor_split: str | Sequence[float] | None, world_size: i
         )
     if not all(math.isfinite(weight) and weight > 0 for weight in weights):
         raise PartitionError(f"tensor_split {tensor_split!r}: every rank needs a weight above zero")
+    exponent = math.frexp(max(weights))[1]  # so that the sum of huge weights is finite too
+    weights = [math.ldexp(weight, -exponent) for weight in weights]
     total = math.fsum(weights)
     return tuple(weight / total for weight in weights)
 
@@ -129,8 +131,7 @@ class Partition:
         weights = parse_tensor_split(tensor_split, world_size)
         heads, kv_heads = _cut_heads(args, weights)
         ffn = _cut_ffn(args, weights, heads, kv_heads, ffn_block)
-        vocab_block = _largest_block(args.vocab_size, VOCAB_BLOCK, lambda n: n >= world_size)
-        vocab = weighted_ranges(args.vocab_size, weights, vocab_block)
+        vocab = _cut_vocab(args.vocab_size, weights)
         return cls(args, weights, heads, kv_heads, ffn, vocab)
 
     @property
@@ -210,10 +211,27 @@ def _cut_ffn(
     total = sum(attention) + 3 * args.ffn_dim
     wanted = [max(weight * total - held, 0.0) for weight, held in zip(weights, attention, strict=True)]
     if block is None:
-        block = _largest_block(args.ffn_dim, FFN_BLOCK, lambda n: _is_even(n, wanted))
+        exact = _divides(args.ffn_dim, wanted)
+        block = _largest_block(
+            args.ffn_dim, FFN_BLOCK, lambda n: n % len(wanted) == 0 if exact else _is_even(n, wanted), whole=exact
+        )
     elif args.ffn_dim // block < len(weights):
         raise PartitionError(f"an FFN of {args.ffn_dim} columns in groups of {block} cannot serve {len(weights)} ranks")
     return weighted_ranges(args.ffn_dim, wanted, block)
+
+
+def _cut_vocab(vocab_size: int, weights: Sequence[float]) -> tuple[range, ...]:
+    """Vocabulary rows by weight; equal ones exactly where they divide, as Meta's files have them."""
+    exact = _divides(vocab_size, weights)
+    block = _largest_block(
+        vocab_size, VOCAB_BLOCK, lambda n: n % len(weights) == 0 if exact else n >= len(weights), whole=exact
+    )
+    return weighted_ranges(vocab_size, weights, block)
+
+
+def _divides(total: int, weights: Sequence[float]) -> bool:
+    """Whether `total` falls into equal whole parts for ranks of equal weight."""
+    return max(weights) - min(weights) < 1e-9 * max(weights) and total % len(weights) == 0
 
 
 def _is_even(n_blocks: int, wanted: Sequence[float]) -> bool:
@@ -225,9 +243,12 @@ def _is_even(n_blocks: int, wanted: Sequence[float]) -> bool:
     return all(abs(s - i) <= EVENNESS * max(i, 1.0) for s, i in zip(shares, ideal, strict=True))
 
 
-def _largest_block(total: int, start: int, fits: Callable[[int], bool]) -> int:
-    """The largest block, halving from `start`, for which the number of blocks fits; 1 if none does."""
+def _largest_block(total: int, start: int, fits: Callable[[int], bool], whole: bool = False) -> int:
+    """The largest block, halving from `start`, for which the number of blocks fits; 1 if none does.
+
+    With `whole`, blocks must also fill the total without a rest.
+    """
     block = start
-    while block > 1 and not fits(-(-total // block)):
+    while block > 1 and not (fits(-(-total // block)) and not (whole and total % block)):
         block //= 2
     return block
