@@ -16,6 +16,7 @@ ALLOWED = {
     "env": {"errors"},
     "console": {"env"},
     "config": {"errors", "console"},
+    "geometries": {"errors", "config"},
     "rope": {"config"},
     "cache": set(),
     "device": {"env", "errors"},

@@ -76,6 +76,7 @@ class Batch:
     restricted: Tensor
     keys: Tensor  # int64, of seed, prompt and position
     n_candidates: tuple[int | None, ...]  # how many to ask for, in turn; None for all
+    all_greedy: bool
     any_free: bool  # whether a row may draw from the whole vocabulary
 
     @classmethod
@@ -95,6 +96,7 @@ class Batch:
             restricted=_column([way.restricted for way in ways], torch.bool, device),
             keys=_column([noise_key(way.seed, index, at) for way, index, at in rows], torch.int64, device),
             n_candidates=counts,
+            all_greedy=all(way.greedy for way in ways),
             any_free=any(not way.greedy and not way.restricted for way in ways),
         )
 
@@ -167,7 +169,11 @@ def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int,
     """
     own = cuts[ranks.rank]
     ids = torch.arange(own.start, own.stop, device=logits.device)
-    drawable = logits.masked_fill(ids >= n_drawable, -torch.inf)
+    drawable = logits if n_drawable >= own.stop else logits.masked_fill(ids >= n_drawable, -torch.inf)
+    if batch.all_greedy:
+        norm = logits.logsumexp(-1)
+        found = _gather_candidates(drawable, drawable, ids, torch.stack((norm, norm)), 1, 1, ranks)
+        return _from_rank_0(found.ids[:, 0], found.logits[:, 0] - found.log_norm, ranks)
     scaled = drawable / batch.temperature.unsqueeze(-1)
     norms = torch.stack((logits, scaled)).logsumexp(-1)  # [2, B]
     # Rows free to draw anything are perturbed at once; the others choose among their candidates.

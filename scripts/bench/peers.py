@@ -1,0 +1,340 @@
+"""The engines that are compared, each in processes of its own, driven from outside over pipes.
+
+A peer is a class with a name, `load` and `run`; `PEERS` lists them. To add one, write such a class: what it
+imports is imported in its own process only.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import torch
+from tqdm import tqdm
+
+from llama.device import DTYPES, choose_device, peak_memory, set_threads
+from llama.errors import LlamaError
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a peer needs to know before it loads.
+
+    Args:
+        folder: the weights, in a layout that the peer reads.
+        dtype: to compute in, one of `llama.device.DTYPES`.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of the whole peer; ranks share them.
+        world_size: ranks that share the model.
+        tensor_split: weights of the ranks; None for equal ones.
+    """
+
+    folder: str
+    dtype: str
+    device: str
+    threads: int
+    world_size: int = 1
+    tensor_split: str | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured run of a batch.
+
+    Args:
+        prefill_seconds: from the prompts to the first new token of each.
+        decode_seconds: of the new tokens after the first.
+        tokens: the new tokens of each prompt.
+    """
+
+    prefill_seconds: float
+    decode_seconds: float
+    tokens: list[list[int]]
+
+
+class Peer(Protocol):
+    """An engine in its own process; `prepare` has run before, `load` comes once, `run` often."""
+
+    def load(self, setup: Setup) -> None:
+        """Read the weights."""
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """Greedy decoding of one first token and `new_tokens` more for every prompt."""
+
+
+class Ours:
+    """Our engine, on any number of ranks."""
+
+    def load(self, setup: Setup) -> None:
+        """Open the checkpoint and read this rank's shard."""
+        from llama.checkpoint.load import load_model
+        from llama.checkpoint.source import open_checkpoint
+        from llama.generation.engine import Engine
+        from llama.parallel import groups
+        from llama.parallel.partition import Partition
+
+        checkpoint = open_checkpoint(setup.folder)
+        partition = Partition.create(checkpoint.args, setup.world_size, setup.tensor_split)
+        ranks = groups.start(choose_device(setup.device))
+        self.engine = Engine(load_model(checkpoint, partition, ranks, DTYPES[setup.dtype]), checkpoint.args.vocab_size)
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """See `Peer.run`; making the cache counts as prefill."""
+        from llama.generation.engine import Request, Stats
+        from llama.generation.sampling import Sampling
+
+        greedy = Sampling(temperature=0)
+        requests = [Request(number, prompt, new_tokens + 1, greedy) for number, prompt in enumerate(prompts)]
+        self.engine.stats = Stats()
+        tokens: list[list[int]] = [[] for _ in prompts]
+        started = time.perf_counter()
+        for event in self.engine.run(requests, len(prompts)):
+            if event.token is not None:
+                tokens[event.index].append(event.token)
+        seconds = time.perf_counter() - started
+        decode = self.engine.stats.decode_seconds
+        return Timing(seconds - decode, decode, tokens)
+
+
+class HuggingFace:
+    """transformers' `generate`, in one process."""
+
+    def load(self, setup: Setup) -> None:
+        """Read the weights with `from_pretrained`."""
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        try:
+            import transformers
+        except ImportError:
+            raise LlamaError("the Hugging Face peer needs transformers: pip install -e '.[hf]'") from None
+        transformers.utils.logging.disable_progress_bar()
+        self.device = choose_device(setup.device)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            setup.folder, dtype=DTYPES[setup.dtype], local_files_only=True
+        )
+        self.model = model.to(self.device).eval()
+        # Without end tokens, so that as many tokens come as are asked for and none is forbidden.
+        self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """See `Peer.run`; prefill is the time of one new token, decode what the others add to it."""
+        ids = torch.tensor(prompts, device=self.device)
+        first, _ = self._generate(ids, 1)
+        whole, tokens = self._generate(ids, new_tokens + 1)
+        return Timing(first, whole - first, tokens)
+
+    def _generate(self, ids: torch.Tensor, n_new: int) -> tuple[float, list[list[int]]]:
+        synchronize(self.device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            out = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=n_new, max_new_tokens=n_new
+            )
+        synchronize(self.device)
+        return time.perf_counter() - started, out[:, ids.shape[1] :].tolist()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A peer as the report knows it.
+
+    Args:
+        make: its class.
+        label: what a reader calls it.
+        package: whose version is reported; None for this repository.
+    """
+
+    make: type[Peer]
+    label: str
+    package: str | None = None
+
+    @property
+    def version(self) -> str:
+        """Installed version of the package behind it."""
+        try:
+            return importlib.metadata.version(self.package or "llama-shards")
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+
+PEERS = {
+    "ours": Kind(Ours, "ours"),
+    "hf": Kind(HuggingFace, "Hugging Face generate", "transformers"),
+}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the card, so that the clock sees its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of this process's resident set now, mapped pages counted; 0 where the system does not tell."""
+    return _status_bytes("VmRSS") or 0
+
+
+def peak(device: torch.device) -> int:
+    """Bytes at the peak: of the card's allocator on CUDA, else of the resident set.
+
+    `ru_maxrss` is not asked where Linux can tell: a process inherits the peak of the one that started it.
+    """
+    if device.type == "cuda":
+        return peak_memory(device)
+    return _status_bytes("VmHWM") or peak_memory(device)
+
+
+def _status_bytes(name: str) -> int | None:
+    try:
+        with open("/proc/self/status") as file:
+            for line in file:
+                if line.startswith(f"{name}:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank tells after loading: seconds, and bytes resident before it."""
+
+    seconds: float
+    baseline_bytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rank holds: bytes at the peak and now."""
+
+    peak_bytes: int
+    resident_bytes: int
+
+
+def _serve(name: str, setup: Setup, rank: int, port: int, pipe: Connection) -> None:
+    """A rank of a peer: loads, then answers tasks until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
+    tqdm.set_lock(threading.RLock())  # its own would be left behind in the system
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(setup.world_size), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(setup.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    try:
+        device = choose_device(setup.device)
+        set_threads(max(1, setup.threads // setup.world_size))
+        before, started = resident(), time.perf_counter()
+        peer = PEERS[name].make()
+        peer.load(setup)
+        synchronize(device)
+        pipe.send((True, Loaded(time.perf_counter() - started, before)))
+        while (task := pipe.recv()) is not None:
+            pipe.send((True, Memory(peak(device), resident()) if task == "memory" else peer.run(*task)))
+    except EOFError:
+        pass
+    except LlamaError as error:
+        pipe.send((False, error))
+    except Exception:
+        pipe.send((False, RuntimeError(traceback.format_exc())))
+    os._exit(0)
+
+
+class Running:
+    """A peer in processes of its own; ask for one with `with Running(...) as peer`.
+
+    Args:
+        name: of `PEERS`.
+        setup: its weights, ranks and threads.
+    """
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        self.name, self.setup, self.kind = name, setup, PEERS[name]
+        self.loaded: list[Loaded] = []
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def __enter__(self) -> Running:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        try:
+            for rank in range(self.setup.world_size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(self.name, self.setup, rank, port, theirs), daemon=True)
+                process.start()
+                theirs.close()
+                self.pipes.append(ours)
+                self.processes.append(process)
+            self.loaded = self._answers()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """One measured run; the slowest rank's time counts."""
+        timings = self._ask((prompts, new_tokens))
+        return Timing(
+            max(timing.prefill_seconds for timing in timings),
+            max(timing.decode_seconds for timing in timings),
+            timings[0].tokens,
+        )
+
+    def memory(self) -> list[Memory]:
+        """What each rank holds, in order."""
+        return self._ask("memory")
+
+    def _ask(self, task: Any) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send(task)
+        return self._answers()
+
+    def _answers(self) -> list[Any]:
+        """One answer a rank; the first failure is raised."""
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self.pipes):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]
+            for pipe in multiprocessing.connection.wait(waiting):
+                rank = self.pipes.index(pipe)  # type: ignore[arg-type]
+                good, answers[rank] = self._receive(rank)
+                if not good:
+                    raise answers[rank]
+        return [answers[rank] for rank in range(len(self.pipes))]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join(5)
+            code = self.processes[rank].exitcode
+            raise LlamaError(
+                f"the peer '{self.kind.label}' (rank {rank}) ended with code {code}; if it was killed (-9), the "
+                "usual reason is memory: take a smaller --geometry or --dtype"
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
