@@ -7,27 +7,27 @@ and every value reaches `main` as its annotation says.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
-import os
-import signal
+import io
 import sys
-import types
+import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import fire
 import torch
+from fire import docstrings
 from fire.decorators import SetParseFns
 
 from llama import env
 from llama.console import is_speaker
-from llama.errors import LlamaError, RankLostError, UsageError
+from llama.errors import LlamaError, UsageError
 from llama.parallel import groups
+from llama.parallel.leaving import INTERRUPTED, leave, listen
 
-EXIT_CODE = 2
+HELP = ("--help", "-h")
 
 Parser = Callable[[str], Any]
 
@@ -39,66 +39,72 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
         main: a typed function, each parameter a flag of its name; its docstring is the help.
         argv: the flags; None for those of this process.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with groups.phase("flags"):
-            wants_help = any(word in ("--help", "-h") for word in argv)
-            parsers = _parsers(main)
-            command = ["--help"] if wants_help else normalise(argv, parsers, _required(main))
-        if wants_help and not is_speaker():
-            return
-        with _fire_errors():
-            fire.Fire(SetParseFns(**parsers)(main), command=command, name=os.path.basename(sys.argv[0]))
-        groups.stop()
-    except LlamaError as error:
-        _fail(error)
-    except KeyboardInterrupt:
-        _leave("interrupted", 130)
-    except BrokenPipeError:
-        _leave("", 1)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).split(".")[0]
-        _fail(LlamaError(f"rank {env.rank()} is out of memory ({reason}): use more ranks, a smaller "
-                         "--max_batch_size or --max_seq_len, or a smaller --dtype"), alone=True)  # fmt: skip
-    except Exception as error:
-        if not groups.is_lost_peer(error):
-            raise
-        _fail(RankLostError(groups.lost_message()), alone=not is_speaker())
+        _run(main, sys.argv[1:] if argv is None else argv)
+    except (Exception, KeyboardInterrupt) as error:
+        _give_up(error)
 
 
-@contextlib.contextmanager
-def _fire_errors() -> Any:
-    """Fire leaves with a report of its own after showing help; keep its code."""
-    try:
-        yield
-    except fire.core.FireExit as leaving:
-        sys.exit(leaving.code)
+def _run(main: Callable[..., None], argv: Sequence[str]) -> None:
+    for out in (sys.stdout, sys.stderr):
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="backslashreplace")  # a model may say what a terminal cannot show
+    listen()
+    with groups.phase("flags"):
+        parsers = _parsers(main)
+        command = normalise(argv, parsers, _required(main))
+    if command is None:
+        if is_speaker():
+            print(help_text(main), flush=True)
+        return
+    fire.Fire(SetParseFns(**parsers)(main), command=command)
+    groups.stop()
 
 
-def _fail(error: LlamaError, alone: bool = False) -> NoReturn:
-    """Print one line and leave with code 2: rank 0 for all of them, or this rank for itself alone."""
-    if is_speaker() or alone or not groups.wait_for_speaker():
-        print(f"error: {error}", file=sys.stderr)
-    _leave("", EXIT_CODE)
+def _give_up(error: BaseException) -> NoReturn:
+    """Leave, with one line for what a person can mend and a traceback for a mistake of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        leave("interrupted", INTERRUPTED)
+    if isinstance(error, BrokenPipeError):  # such as `| head`: nobody listens any more
+        leave(code=1)
+    if groups.is_lost_peer(error):
+        leave(f"error: {groups.lost_message(patience=1.0)}")
+    if isinstance(error, LlamaError):
+        leave(f"error: {error}")
+    if _is_out_of_memory(error):
+        what = ". ".join(str(error).split(". ")[:2])
+        leave(
+            f"error: rank {env.rank()} is out of memory ({what}): use more ranks, a smaller --max_batch_size "
+            "or --max_seq_len, or a smaller --dtype",
+            at_once=True,
+        )
+    traceback.print_exception(error)
+    leave(code=1, at_once=True)
 
 
-def _leave(text: str, code: int) -> NoReturn:
-    if text and is_speaker():
-        print(text, file=sys.stderr)
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    sys.stderr.flush()
-    groups.announce_spoken()
-    # Groups whose ranks have failed may wait for each other for ever when torn down in order.
-    os._exit(code)
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def help_text(main: Callable[..., None]) -> str:
+    """What `--help` prints: the docstring of `main`, one line a flag."""
+    doc = docstrings.parse(inspect.getdoc(main))
+    told = {entry.name: entry.description for entry in doc.args or ()}
+    lines = [doc.summary, "", "Flags, as --name value or --name=value:", ""]
+    for name, parameter in inspect.signature(main).parameters.items():
+        hidden = any(parameter.default is value for value in (None, False, inspect.Parameter.empty))
+        default = "" if hidden else f" [{parameter.default}]"
+        lines.append(f"  --{name:<16} {told.get(name, '')}{default}")
+    return "\n".join(lines)
 
 
 # -- flags -----------------------------------------------------------------------------------------
 
 
-def normalise(argv: Sequence[str], parsers: dict[str, Parser], required: Sequence[str] = ()) -> list[str]:
-    """The command line as `--name=value` words, every one of them checked.
+def normalise(argv: Sequence[str], parsers: Mapping[str, Parser], required: Sequence[str] = ()) -> list[str] | None:
+    """The command line as `--name=value` words, every one of them checked; None where it asks for help.
 
     Args:
         argv: words as typed: `--name value`, `--name=value`, `--switch`, `--noswitch`; dashes and
@@ -112,10 +118,12 @@ def normalise(argv: Sequence[str], parsers: dict[str, Parser], required: Sequenc
     values: dict[str, str] = {}
     words = list(argv)
     while words:
+        if words[0] in HELP:
+            return None
         name, value = _take_flag(words, parsers)
         if name in values:
             raise UsageError(f"--{name} is given twice")
-        parsers[name](value)
+        _check(name, value, parsers[name])
         values[name] = value
     missing = [f"--{name}" for name in required if name not in values]
     if missing:
@@ -123,27 +131,29 @@ def normalise(argv: Sequence[str], parsers: dict[str, Parser], required: Sequenc
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def _take_flag(words: list[str], parsers: dict[str, Parser]) -> tuple[str, str]:
+def _take_flag(words: list[str], parsers: Mapping[str, Parser]) -> tuple[str, str]:
+    """The first flag of `words`, which loses it, and its value's text."""
     word = words.pop(0)
     if not word.startswith("--") or word == "--":
         raise UsageError(f"stray word {word!r}: every setting is a flag, such as --name value")
     name, has_value, value = word[2:].partition("=")
     name = name.replace("-", "_")
-    is_switch = parsers.get(name) is parse_bool
-    if name not in parsers and name.startswith("no") and parsers.get(name[2:]) is parse_bool and not has_value:
-        return name[2:], "False"
+    if not has_value and name not in parsers and parsers.get(name.removeprefix("no")) is parse_bool:
+        return name.removeprefix("no"), "False"
     if name not in parsers:
         raise UsageError(_unknown(name, parsers))
     if has_value:
         return name, value
-    if is_switch and not (words and words[0].lower() in _BOOLEANS):
+    if parsers[name] is parse_bool and not (words and words[0].lower() in _BOOLEANS):
         return name, "True"
-    if not words or words[0].startswith("--"):
-        raise UsageError(f"--{name} needs a value; write --{name}=--text for one that begins with dashes")
+    if not words:
+        raise UsageError(f"--{name} needs a value, such as --{name} value")
+    if words[0].startswith("--"):
+        raise UsageError(f"--{name} needs a value; if {words[0]!r} is it, write --{name}={words[0]}")
     return name, words.pop(0)
 
 
-def _unknown(name: str, parsers: dict[str, Parser]) -> str:
+def _unknown(name: str, parsers: Mapping[str, Parser]) -> str:
     close = difflib.get_close_matches(name, parsers, n=1)
     hint = f"did you mean --{close[0]}?" if close else f"known are {', '.join(f'--{flag}' for flag in parsers)}"
     return f"unknown flag --{name}: {hint}"
@@ -156,7 +166,14 @@ def _required(main: Callable[..., None]) -> list[str]:
 
 def _parsers(main: Callable[..., None]) -> dict[str, Parser]:
     hints = typing.get_type_hints(main)
-    return {name: _parser(name, hints[name]) for name in inspect.signature(main).parameters}
+    return {name: _parser(hints[name]) for name in inspect.signature(main).parameters}
+
+
+def _check(name: str, value: str, parser: Parser) -> None:
+    try:
+        parser(value)
+    except ValueError as error:
+        raise UsageError(f"--{name} takes {error}, not {value!r}") from None
 
 
 _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
@@ -165,18 +182,16 @@ _BOOLEANS = {"true": True, "false": False, "yes": True, "no": False, "1": True, 
 def parse_bool(text: str) -> bool:
     """`true`, `false`, `yes`, `no`, `1` or `0`, in any case."""
     if text.lower() not in _BOOLEANS:
-        raise UsageError(f"{text!r} is not one of true, false, yes, no")
+        raise ValueError("true, false, yes or no")
     return _BOOLEANS[text.lower()]
 
 
-def _parser(name: str, hint: Any) -> Parser:
-    """How a flag's text becomes the value that its annotation asks for."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _parser(hint: Any) -> Parser:
+    """How a flag's text becomes the value that its annotation asks for; a misfit's error says what is asked for."""
+    kinds = typing.get_args(hint) or (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
-    if kind is bool:
-        return parse_bool
-    if kind is str:
-        return str
+    if kind in (bool, str):
+        return parse_bool if kind is bool else str
     what = {int: "a whole number", float: "a number"}[kind]
 
     def parse(text: str) -> Any:
@@ -185,6 +200,6 @@ def _parser(name: str, hint: Any) -> Parser:
         try:
             return kind(text)
         except ValueError:
-            raise UsageError(f"--{name} takes {what}, not {text!r}") from None
+            raise ValueError(what) from None
 
     return parse

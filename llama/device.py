@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
+from pathlib import Path
 
+import psutil
 import torch
 
 from llama import env
@@ -123,5 +124,12 @@ def peak_memory(device: torch.device) -> int:
     """Bytes at the peak: of the card's allocator on CUDA, else of the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "linux":
+        # The kernel's own mark of this program; getrusage would count the one that started it, too.
+        marks = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+        return next(int(words[1]) * 1024 for words in marks if words[0] == "VmHWM:")
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def perform(llama: Llama, tasks: Tasks, settings: Settings, streaming: bool) -> 
     """Run the tasks, print results on rank 0 and the summary after them; one record a result."""
     records: list[dict[str, Any]] = []
     if tasks.interactive:
-        interact(llama, settings)
+        records = interact(llama, settings)
     elif tasks.dialogs:
         records = chat(llama, tasks.dialogs, settings)
     else:
@@ -101,36 +102,56 @@ def read_prompts(prompts: str | None, prompt_file: str | None, ckpt_dir: str) ->
         LlamaError: for an empty list, or a file that is missing, empty or not UTF-8.
     """
     if prompt_file is not None:
-        return _prompts_of_file(Path(prompt_file))
+        texts = _prompts_of_file(Path(prompt_file))
+        _check_unicode(texts, prompt_file)
+        return texts
     if prompts is not None:
-        return _one_or_list(prompts, "--prompts")
+        texts = _one_or_list(prompts, "--prompts")
+        _check_unicode(texts, "--prompts")
+        return texts
     return list(TINY_PROMPTS if Path(ckpt_dir).name == "tiny" else PROMPTS)
 
 
 def _one_or_list(text: str, where: str) -> list[str]:
     """A JSON list of texts, or the text itself where it is no JSON list."""
-    if not text.lstrip().startswith("["):
-        return [text]
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError:
-        return [text]
+        is_list = isinstance(json.loads(text), list)
+    except ValueError:
+        is_list = False
+    return _list_of_texts(text, where) if is_list else [text]
+
+
+def _list_of_texts(text: str, where: str) -> list[str]:
+    values = _parse_json(text, where)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise LlamaError(f"{where} is a JSON list, but not of texts")
+        raise LlamaError(f'{where} must be a JSON list of texts, such as ["one", "two"]')
     if not values:
         raise LlamaError(f"{where} is an empty list: give at least one prompt")
     return values
 
 
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise LlamaError(f"{where} is not JSON: {error}") from None
+
+
+def _check_unicode(content: Any, where: str) -> None:
+    """Refuse what no tokenizer can encode: bytes that were no UTF-8, or one half of a surrogate pair."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise LlamaError(f"{where}: a text is not valid Unicode; write it in UTF-8") from None
+
+
 def _prompts_of_file(path: Path) -> list[str]:
     """A JSON list of texts, or one prompt a line; blank lines are skipped."""
     text = read_text(path)
-    if text.lstrip().startswith("[") and path.suffix == ".json":
-        return _one_or_list(text, str(path))
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise LlamaError(f"{path} holds no prompt: write one a line, or a JSON list")
-    return lines
+        raise LlamaError(f"{path} holds no prompt: write one a line, or a JSON list in a .json file")
+    return _list_of_texts(text, str(path)) if path.suffix == ".json" else lines
 
 
 def read_text(path: Path) -> str:
@@ -149,12 +170,10 @@ def read_dialogs(path: str) -> list[Dialog]:
     Raises:
         LlamaError: when it is missing, empty, no JSON or no list.
     """
-    try:
-        content = json.loads(read_text(Path(path)))
-    except json.JSONDecodeError as error:
-        raise LlamaError(f"{path} is not JSON: {error}") from None
+    content = _parse_json(read_text(Path(path)), path)
     if not isinstance(content, list) or not content:
         raise LlamaError(f'{path} holds no dialog: expected [[{{"role": "user", "content": "..."}}]]')
+    _check_unicode(content, path)
     return [content] if isinstance(content[0], dict) else content
 
 
@@ -195,18 +214,19 @@ def chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[di
     return [_record(llama, {"dialog": d}, a) for d, a in zip(dialogs, answers, strict=True)]
 
 
-def interact(llama: Llama, settings: Settings) -> None:
+def interact(llama: Llama, settings: Settings) -> list[dict[str, Any]]:
     """Read prompts from the keyboard until the end of the input, or "exit"; ranks wait as long as it takes."""
     notice('type a prompt and press Enter; "exit" or Ctrl-D ends')
-    while True:
-        prompt = groups.broadcast_object(_ask() if is_speaker() else None)
-        if prompt is None:
-            return
+    records = []
+    while (prompt := groups.broadcast_object(_ask() if is_speaker() else None)) is not None:
         try:
-            _show_stream(llama, prompt, settings)
-            _say("")
+            completion = _show_stream(llama, prompt, settings)
         except LlamaError as error:  # such as a prompt that is too long: ask again
             notice(f"error: {error}")
+            continue
+        _say("")
+        records.append(_record(llama, {"prompt": prompt}, completion))
+    return records
 
 
 def _ask() -> str | None:
@@ -216,6 +236,9 @@ def _ask() -> str | None:
             line = input("> ")
         except EOFError:
             return None
+        except UnicodeDecodeError:
+            notice("error: that line is not UTF-8")
+            continue
         if line.strip() in ("exit", "quit"):
             return None
         if line.strip():
@@ -246,23 +269,37 @@ def check_writable(path: str | None) -> None:
     """Whether a result file can be written, told before the work rather than after it.
 
     Raises:
-        LlamaError: when its folder is missing or it is a folder itself.
+        LlamaError: when its folder is missing or closed, or it is a folder itself.
     """
     if path is None:
         return
-    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
-        raise LlamaError(f"cannot write {path}: no such folder, or it is one")
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise LlamaError(f"cannot write {path}: it is a folder, give the name of a file")
+    if not target.parent.is_dir():
+        raise LlamaError(f"cannot write {path}: there is no folder {target.parent}, make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise LlamaError(f"cannot write {path}: you may not write to {target.parent}")
 
 
 def write_json(path: str, records: list[dict[str, Any]]) -> None:
-    """Write the results on rank 0, beside and renamed, so that no half of a file is left."""
-    if not is_speaker():
-        return
-    partial = Path(f"{path}.partial")
+    """Write the results on rank 0, beside and renamed, so that no half of a file is left.
+
+    Raises:
+        LlamaError: on every rank, when the system refuses.
+    """
+    with groups.phase("results"):
+        if is_speaker():
+            _replace(Path(path), json.dumps(records, ensure_ascii=False, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(json.dumps(records, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise LlamaError(f"cannot write {path}: {error.strerror}") from None
 
 

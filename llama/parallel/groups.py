@@ -11,12 +11,9 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import socket
-import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -53,7 +50,8 @@ class Ranks:
 
 
 _current = Ranks()
-_store: Any = None
+_store: dist.Store | None = None
+_line: dist.Store | None = None
 _phase = 0
 
 
@@ -66,15 +64,33 @@ def connect() -> None:
     """Join the other processes' store, so that errors can be exchanged before any group exists.
 
     Does nothing for one process, and nothing a second time.
+
+    Raises:
+        LlamaError: when the environment announces other processes but not where they meet.
     """
-    global _store
+    global _store, _line
     if _store is not None or env.world_size() == 1:
         return
-    store, rank, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
-    _store = dist.PrefixStore("llama", store)
+    # A store serves one thread at a time, however long it waits there: hence two.
+    _store, _line = _join(), _join()
     _store.set_timeout(PHASE_TIMEOUT)
-    _store.set(f"who/{rank}", f"{socket.gethostname()} {os.getpid()}")
-    _watch_for_sigterm()
+    _line.set(f"who/{env.rank()}", f"{socket.gethostname()} {os.getpid()}")
+
+
+def _join() -> dist.Store:
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
+    except ValueError:
+        raise LlamaError(
+            f"the environment announces {env.world_size()} processes (WORLD_SIZE) but not where they meet: "
+            "start them with torchrun, or unset WORLD_SIZE for one process"
+        ) from None
+    return dist.PrefixStore("llama", store)
+
+
+def line() -> dist.Store | None:
+    """A connection of its own to the store, which stays free while the main thread waits; None for one process."""
+    return _line
 
 
 def model_size(model_parallel_size: int | None = None) -> int:
@@ -112,20 +128,31 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
             raise PartitionError(f"the groups were started for {_current.world_size} ranks, not {size}")
         return _current
     connect()
+    assert _store is not None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = dist.PrefixStore("groups", _store)
-        rank = env.rank()
-        dist.init_process_group(_backend(device), store=store, rank=rank, world_size=n_processes)
+        store, rank = dist.PrefixStore(f"groups/{_phase}", _store), env.rank()
+        backend = choose_backend(_devices(store, device))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes)
     _current = _model_groups(device, size)
     return _current
 
 
-def _backend(device: torch.device) -> str:
-    """NCCL where each local rank has a card of its own; two NCCL ranks cannot share one."""
-    own_card = device.type == "cuda" and env.local_world_size() <= torch.cuda.device_count()
-    return "nccl" if own_card and dist.is_nccl_available() else "gloo"
+def _devices(store: dist.Store, device: torch.device) -> list[str]:
+    """Host and device of every process."""
+    store.set(f"device/{env.rank()}", f"{socket.gethostname()} {device}")
+    return [store.get(f"device/{rank}").decode() for rank in range(env.world_size())]
+
+
+def choose_backend(devices: Sequence[str]) -> str:
+    """NCCL where every rank has a CUDA card of its own, since two NCCL ranks cannot share one; else gloo.
+
+    Args:
+        devices: of every rank, as "host cuda:0".
+    """
+    own_cards = len(set(devices)) == len(devices) and all(" cuda" in device for device in devices)
+    return "nccl" if own_cards and dist.is_nccl_available() else "gloo"
 
 
 def _model_groups(device: torch.device, size: int) -> Ranks:
@@ -149,13 +176,15 @@ def _model_groups(device: torch.device, size: int) -> Ranks:
 
 def stop() -> None:
     """Leave the groups; ranks that are done wait for each other so that none tears the others down."""
-    global _current, _store
+    global _current, _store, _line
+    if _store is not None:
+        _agree("end", None)
     if dist.is_initialized():
         from fairscale.nn.model_parallel import initialize as fairscale_groups
 
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
-    _current, _store = Ranks(), None
+    _current, _store, _line = Ranks(), None, None
 
 
 def broadcast_object(value: Any = None) -> Any:
@@ -183,7 +212,8 @@ def phase(name: str) -> Iterator[None]:
     """A stretch of work that all processes finish together or not at all.
 
     An error that any of them meets is raised on all of them, with the words of the lowest rank that
-    met one, so that no rank goes on to wait for ranks that have given up.
+    met one, so that no rank goes on to wait for ranks that have given up. A file that the system
+    refuses is such an error too.
 
     Raises:
         LlamaError: this process's own error, or another's.
@@ -193,6 +223,10 @@ def phase(name: str) -> Iterator[None]:
         yield
     except LlamaError as raised:
         error = raised
+    except OSError as raised:
+        if raised.filename is None:
+            raise
+        error = LlamaError(f"cannot use {raised.filename}: {raised.strerror}")
     agreed = _agree(name, error)
     if agreed is not None:
         raise agreed
@@ -204,18 +238,21 @@ def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
     if env.world_size() == 1:
         return error
     connect()
+    assert _store is not None
     _phase += 1
-    key, rank, size = f"phase/{_phase}/{name}", env.rank(), env.world_size()
-    _store.set(f"{key}/{rank}", "" if error is None else f"{type(error).__name__}:{error}")
+    size = env.world_size()
+    keys = [f"phase/{_phase}/{name}/{rank}" for rank in range(size)]
+    text = "" if error is None else f"{type(error).__name__}:{error}"
     try:
-        _store.wait([f"{key}/{other}" for other in range(size)], PHASE_TIMEOUT)
+        _store.set(keys[env.rank()], text.encode(errors="backslashreplace").decode())
+        _store.wait(keys, PHASE_TIMEOUT)
+        texts = [_store.get(key).decode() for key in keys]
     except dist.DistError as lost:
-        raise RankLostError(lost_message(f"while waiting for the end of '{name}'")) from lost
-    for other in range(size):
-        text = _store.get(f"{key}/{other}").decode()
-        if text:
-            return error if other == rank else _rebuild(text)
-    return None
+        raise RankLostError(lost_message()) from lost
+    first = next((rank for rank, text in enumerate(texts) if text), None)
+    if first is None:
+        return None
+    return error if first == env.rank() else _rebuild(texts[first])
 
 
 def _rebuild(text: str) -> LlamaError:
@@ -225,46 +262,33 @@ def _rebuild(text: str) -> LlamaError:
     return getattr(errors, kind, LlamaError)(message)
 
 
-def announce_spoken() -> None:
-    """Rank 0: tell the others that the last line is printed, so that they may leave."""
-    if _store is not None and env.rank() == 0:
-        with contextlib.suppress(dist.DistError):
-            _store.set("spoken", "yes")
-
-
-def wait_for_speaker(seconds: float = 20.0) -> bool:
-    """Other ranks: wait until rank 0 has spoken, since torchrun ends every rank as soon as one is gone.
-
-    Returns:
-        Whether it has; otherwise this rank must speak for itself.
-    """
-    if _store is None:
-        return False
-    try:
-        _store.wait(["spoken"], timedelta(seconds=seconds))
-    except dist.DistError:
-        return False
-    return True
-
-
 # -- ranks that are lost ---------------------------------------------------------------------------
 
 
-def lost_ranks() -> list[int]:
-    """Ranks of this machine whose process is gone (or only waits to be buried)."""
-    if _store is None:
-        return []
-    lost = []
-    for rank in range(env.world_size()):
-        try:
-            if not _store.check([f"who/{rank}"]):
-                continue
-            host, pid = _store.get(f"who/{rank}").decode().split()
-        except dist.DistError:
-            break
-        if host == socket.gethostname() and not _is_running(int(pid)):
-            lost.append(rank)
-    return lost
+def lost_ranks(patience: float = 0.0) -> list[int]:
+    """Ranks of this machine whose process is gone (or only waits to be buried).
+
+    Args:
+        patience: seconds to look for one; a connection may close a moment before its process is gone.
+    """
+    end = time.monotonic() + patience
+    while True:
+        lost = [rank for rank in range(env.world_size()) if _is_lost(rank)]
+        if lost or time.monotonic() >= end:
+            return lost
+        time.sleep(0.02)
+
+
+def _is_lost(rank: int) -> bool:
+    if _line is None:
+        return False
+    try:
+        if not _line.check([f"who/{rank}"]):
+            return False
+        host, pid = _line.get(f"who/{rank}").decode().split()
+    except dist.DistError:
+        return False
+    return host == socket.gethostname() and not _is_running(int(pid))
 
 
 def _is_running(pid: int) -> bool:
@@ -274,47 +298,19 @@ def _is_running(pid: int) -> bool:
         return False
 
 
-def lost_message(when: str = "") -> str:
+def lost_message(patience: float = 0.0) -> str:
     """One line that names the ranks that are gone, as far as this machine can tell."""
-    lost = lost_ranks()
+    lost = lost_ranks(patience)
     who = f"rank {', '.join(map(str, lost))} was lost" if lost else "another rank was lost"
     return (
-        f"{who}{' ' + when if when else ''}; if it was killed (SIGKILL, exit code -9), the usual reason is "
-        "memory: use more ranks, a smaller --max_batch_size or --max_seq_len, or a smaller --dtype"
+        f"{who}; if it was killed (SIGKILL, exit code -9), the usual reason is memory: "
+        "use more ranks, a smaller --max_batch_size or --max_seq_len, or a smaller --dtype"
     )
 
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because its peer went away, rather than by a bug."""
-    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+    if isinstance(error, RankLostError | dist.DistNetworkError | dist.DistStoreError):
         return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "gloo", "Broken pipe", "NCCL")
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def _watch_for_sigterm() -> None:
-    """Speak before torchrun's SIGTERM ends this rank, even while it is stuck in a collective.
-
-    A signal handler in Python waits for the main thread to come back from C; a thread that reads
-    the signal's wake-up pipe does not.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.siginterrupt(signal.SIGTERM, False)
-    threading.Thread(target=_speak_at_sigterm, args=(read_end,), daemon=True).start()
-
-
-def _speak_at_sigterm(read_end: int) -> None:
-    while signal.SIGTERM not in os.read(read_end, 1):
-        pass
-    lost, me = lost_ranks(), env.rank()
-    survivors = [rank for rank in range(env.world_size()) if rank not in lost]
-    if lost and me == survivors[0]:
-        print(f"error: {lost_message()}", file=sys.stderr, flush=True)
-    elif survivors and me != survivors[0]:
-        time.sleep(0.5)  # the first survivor speaks
-    os._exit(2)
