@@ -30,6 +30,7 @@ SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+AGAIN = ": copy or download it again"
 MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 
 Index = tuple[slice, ...]
@@ -136,9 +137,8 @@ def _torch_load(path: Path, mmap: bool) -> Mapping[str, Any]:
                 "is refused; ask its author for a file of plain tensors"
             ) from None
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint") from None
-    except Exception as error:  # damaged bytes make torch's reader fail in any way
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or cut off: {first_line[:200]}") from None
+    except Exception:  # damaged bytes make torch's reader fail in any way, and say so in its own terms
+        raise CheckpointError(f"{path} is damaged or cut off{AGAIN}") from None
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds a {type(state).__name__}, not named tensors")
     strangers = [str(name) for name, value in state.items() if not _is_plain(value)]
@@ -203,7 +203,7 @@ def _storage_records(path: Path) -> dict[int, int]:
                 name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
                 sizes[record.header_offset + 30 + name_bytes + extra_bytes] = record.file_size
     except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or cut off: {error}") from None
+        raise CheckpointError(f"{path} is damaged or cut off ({error}){AGAIN}") from None
     return sizes
 
 
@@ -237,7 +237,7 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(f"{path} is damaged or cut off: no safetensors header")
+            raise CheckpointError(f"{path} is damaged or cut off (no safetensors header){AGAIN}")
         raw = file.read(length)
     try:
         header = json.loads(raw)

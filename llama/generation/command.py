@@ -188,17 +188,17 @@ def complete(llama: Llama, prompts: Sequence[str], settings: Settings) -> list[d
 def stream(llama: Llama, prompts: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
     """Run the prompts one after another and print each token as it comes."""
     records = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         _say(f"{prompt}\n> ", end="")
-        completion = _show_stream(llama, prompt, settings)
+        completion = _show_stream(llama, prompt, number, settings)
         _say(f"\n{_details(completion, settings)}{RULE}")
         records.append(_record(llama, {"prompt": prompt}, completion))
     return records
 
 
-def _show_stream(llama: Llama, prompt: str, settings: Settings) -> Completion:
+def _show_stream(llama: Llama, prompt: str, number: int, settings: Settings) -> Completion:
     completion = Completion()
-    for item in llama.stream([prompt], echo=settings.echo, **settings.options()):
+    for item in llama.stream([prompt], echo=settings.echo, first_index=number, **settings.options()):
         completion.add(item)
         _say(item.text, end="")
     return completion
@@ -217,10 +217,10 @@ def chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[di
 def interact(llama: Llama, settings: Settings) -> list[dict[str, Any]]:
     """Read prompts from the keyboard until the end of the input, or "exit"; ranks wait as long as it takes."""
     notice('type a prompt and press Enter; "exit" or Ctrl-D ends')
-    records = []
+    records: list[dict[str, Any]] = []
     while (prompt := groups.broadcast_object(_ask() if is_speaker() else None)) is not None:
         try:
-            completion = _show_stream(llama, prompt, settings)
+            completion = _show_stream(llama, prompt, len(records), settings)
         except LlamaError as error:  # such as a prompt that is too long: ask again
             notice(f"error: {error}")
             continue

@@ -36,13 +36,14 @@ class Request:
     """One prompt and what is wanted of it.
 
     Args:
-        index: place among the prompts of the call; part of the noise's key.
+        index: place among the prompts of the call, by which events name it.
         prompt: token ids, at least one.
         max_new: tokens to generate at most.
         sampling: how they are chosen.
         stop_tokens: ids that end the text and are not part of it.
         score_prompt: whether the prompt's own log-probabilities are wanted.
         watch: told of each new token; True ends the text after it.
+        noise_index: the prompt's part of the noise's key.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     score_prompt: bool = False
     watch: Callable[[int], bool] | None = None
+    noise_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Engine:
 
     def _choose(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, float]]:
         """The next token of each row and its log-probability, from hidden [B, E]."""
-        ways = [(row.request.sampling, row.request.index, row.position) for row in rows]
+        ways = [(row.request.sampling, row.request.noise_index, row.position) for row in rows]
         batch = Batch.create(ways, hidden.device)
         tokens, log_probs = sample(
             self.model.logits(hidden), batch, self.model.partition.vocab, self.n_drawable, self.model.ranks

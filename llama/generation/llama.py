@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from llama.chat import REFUSAL, ChatFormat, Dialog, chat_format
+from llama.chat import REFUSAL, ChatFormat, Dialog
+from llama.chat import chat_format as choose_format
 from llama.checkpoint.load import load_model
 from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.console import notice
@@ -91,7 +92,7 @@ class Llama:
         max_seq_len: tokens of prompt and generation together, at most.
         max_batch_size: prompts that run at a time, at most.
         seed: of the sampling noise, unless a call brings its own.
-        format_name: chat format, "auto", "llama2", "llama3" or "alpaca".
+        chat: how dialogs become tokens; None for the format that the tokenizer shows.
     """
 
     def __init__(
@@ -102,11 +103,11 @@ class Llama:
         max_seq_len: int = 512,
         max_batch_size: int = 32,
         seed: int = 1,
-        format_name: str = "auto",
+        chat: ChatFormat | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
-        self.format: ChatFormat = chat_format(format_name, tokenizer)
+        self.format = choose_format("auto", tokenizer) if chat is None else chat
         self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size))
 
     @classmethod
@@ -158,13 +159,13 @@ class Llama:
             partition = Partition.create(checkpoint.args, size, tensor_split)
             args = checkpoint.args
             chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, args.n_unique_params)
-            _chat_format = chat_format
+            chat = choose_format(chat_format, tokenizer)
         ranks = groups.start(chosen_device, model_parallel_size)
         with groups.phase("load"):
             model = load_model(checkpoint, partition, ranks, chosen_dtype)
             llama = cls(
                 model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-                format_name=_chat_format,
+                chat=chat,
             )  # fmt: skip
         seconds = time.perf_counter() - started
         notice(_describe_build(checkpoint, partition, ranks, chosen_dtype, n_threads, seconds))
@@ -183,6 +184,7 @@ class Llama:
         echo: bool = False,
         stop: Stop = None,
         seed: int | None = None,
+        first_index: int = 0,
     ) -> Iterator[StreamedToken]:
         """Generate for every prompt and yield tokens as they come, prompts interleaved.
 
@@ -195,6 +197,7 @@ class Llama:
             echo: yield the prompt's tokens first.
             stop: strings or token ids that end the text besides the model's own stop tokens.
             seed: of the noise; None for that of `build`.
+            first_index: place of the first prompt for the noise, where a list is run in several calls.
 
         Raises:
             LlamaError: before anything runs, for an unusable prompt or setting.
@@ -212,6 +215,7 @@ class Llama:
                 stop_tokens=self.tokenizer.stop_tokens | stop_tokens,
                 score_prompt=echo and logprobs,
                 watch=watch.push,
+                noise_index=first_index + number,
             )
             for number, (prompt, watch) in enumerate(zip(encoded, watches, strict=True))
         ]
@@ -422,11 +426,14 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
     """
     known, rows = tokenizer.n_words, checkpoint.args.vocab_size
     if known > rows:
-        raise TokenizerError(f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model")
+        raise TokenizerError(
+            f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model, "
+            "name its own with --tokenizer_path"
+        )
     if 2 * known < rows:
         raise TokenizerError(
             f"the tokenizer has {known} tokens and the model {rows}, more than padding explains: "
-            "it belongs to another model"
+            "it belongs to another model, name its own with --tokenizer_path"
         )
     if known < rows:
         notice(f"the tokenizer has {known} tokens, the model {rows}: the {rows - known} ids beyond are never sampled")

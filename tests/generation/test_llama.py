@@ -153,6 +153,13 @@ def test_the_stream_is_the_result_in_pieces(llama: Llama) -> None:
     assert scores == [result["logprobs"] for result in whole]
 
 
+def test_a_list_run_one_by_one_draws_the_same(llama: Llama) -> None:
+    whole = llama.collect(PROMPTS[:3], max_gen_len=9, temperature=1.0)
+    for number, expected in enumerate(whole):
+        alone = llama.collect(PROMPTS[number : number + 1], max_gen_len=9, temperature=1.0, first_index=number)
+        assert alone[0].tokens == expected.tokens
+
+
 def test_stop_tokens_end_a_text_and_are_not_part_of_it(llama: Llama) -> None:
     tokens = llama.generate([[1, 5, 9]], 12, temperature=0)[0][0]
     cut = tokens.index(tokens[4])

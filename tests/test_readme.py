@@ -1,0 +1,84 @@
+"""Every command of the README runs, on small checkpoints laid out as it shows them."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import VOCAB, hf_model, sentencepiece_model, write_meta
+
+ROOT = Path(__file__).parent.parent
+# Run by whoever runs this test: `make test` itself, and the installation that it begins with.
+BY_OTHERS = ("make test", "pip install")
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def commands(readme: str) -> list[str]:
+    lines = [line for block in blocks(readme, "bash") for line in block.splitlines() if line.strip()]
+    return [line for line in lines if not line.startswith(BY_OTHERS)]
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository as a user has it, with checkpoints where the README puts them."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("example.py", "Makefile", "requirements.txt", "pyproject.toml", "setup.py", "llama", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    if (ROOT / ".venv" / "installed").exists():
+        (folder / ".venv").symlink_to(ROOT / ".venv")
+    ckpts = folder / "ckpts"
+    ckpts.mkdir()
+    (ckpts / "tiny").symlink_to(ROOT / "ckpts" / "tiny")
+    model = hf_model("1")
+    write_meta(ckpts / "7B", model, embedding_dim=1)
+    write_meta(ckpts / "7B_fs4", model, n_shards=4, embedding_dim=1, stem="fs_consolidated")
+    sentencepiece_model(ckpts, VOCAB)
+    return folder
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """One line of the README, by this interpreter's own environment."""
+    bin_folder = Path(sys.executable).parent
+    env = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", commands("README.md"))
+def test_the_command_runs(checkout: Path, command: str) -> None:
+    if command == "make demo" and not (checkout / ".venv").exists():
+        command = "torchrun --nproc_per_node 2 example.py"  # its work, where make has not made the environment
+    finished = run(command, checkout)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip()
+
+
+@pytest.mark.parametrize("block", blocks("README.md", "python"))
+def test_the_python_runs(checkout: Path, block: str) -> None:
+    finished = run(f"{shlex.quote(sys.executable)} -c {shlex.quote(block)}", checkout)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.strip()
+
+
+def test_both_languages_show_the_same() -> None:
+    for language in ("bash", "python", "text"):
+        assert blocks("README.zh.md", language) == blocks("README.md", language)
+
+
+def test_the_bundled_dialogs_are_what_the_readme_says() -> None:
+    dialogs = json.loads((ROOT / "ckpts" / "tiny" / "dialogs.json").read_text())
+    assert all(message["role"] in ("system", "user", "assistant") for dialog in dialogs for message in dialog)
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh.md"])
+def test_links_lead_somewhere(readme: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / readme).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
