@@ -22,6 +22,8 @@ from llama.errors import CheckpointError
 
 SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
 HF_NAMES = ("model.safetensors", "pytorch_model.bin")
+# A folder that is still being written, or was left behind by a run that was killed.
+PARTIAL = ".partial"
 MOST_NAMED = 20  # tensors listed in one message
 
 
@@ -118,6 +120,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: --ckpt_dir names the folder that holds the checkpoint")
+    if folder.resolve().name.endswith(PARTIAL):
+        raise CheckpointError(f"{folder} was not finished: run the command that was writing it again")
     shards = _shard_files(folder)
     if shards:
         return _open_meta(folder, shards)
