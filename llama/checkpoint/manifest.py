@@ -34,36 +34,42 @@ def write(folder: Path, source: Mapping[str, Any], partition: Mapping[str, Any],
         partition: how they were cut.
         shards: file name to tensor name to `describe`'s entry.
     """
-    content = {"format": FORMAT, "source": source, "partition": partition, "shards": shards}
-    (folder / NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_to(folder / NAME, {"source": source, "partition": partition, "shards": shards})
 
 
-def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that we wrote, and so may replace."""
+def write_to(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a manifest under any name, as that of a single file."""
+    path.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder, or what the manifest at `path` describes, is one that we wrote, and so may replace."""
     try:
-        content = read_json(folder / NAME)
+        content = read_json(path / NAME if path.is_dir() else path)
     except CheckpointError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
-def verify(folder: Path, progress: Callable[[int], object] = lambda _: None) -> int:
-    """Check every tensor of a split folder against its manifest; the number of tensors checked.
+def verify(path: Path, progress: Callable[[int], object] = lambda _: None) -> int:
+    """Check every tensor of a written checkpoint against its manifest; the number of tensors checked.
 
     Args:
-        folder: a folder that `split` wrote.
+        path: a folder that `split` or `convert` wrote, or the manifest beside a single file.
         progress: told of the bytes as they are read.
 
     Raises:
         CheckpointError: no manifest, or a file or tensor that differs: the first is named.
     """
-    content = read_json(folder / NAME)
+    listed = path / NAME if path.is_dir() else path
+    folder = listed.parent
+    content = read_json(listed)
     if not isinstance(content, dict) or content.get("format") != FORMAT or not isinstance(content.get("shards"), dict):
-        raise CheckpointError(f"{folder / NAME} is not a manifest of ours ({FORMAT})")
+        raise CheckpointError(f"{listed} is not a manifest of ours ({FORMAT})")
     n_checked = 0
     for file, expected in content["shards"].items():
         if Path(file).name != file:
-            raise CheckpointError(f"{folder / NAME} names a file outside its folder: {file}")
+            raise CheckpointError(f"{listed} names a file outside its folder: {file}")
         if not (folder / file).exists():
             raise CheckpointError(f"{folder} lacks {file}, which its manifest names")
         n_checked += _verify_file(folder / file, expected, progress)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoint import manifest
+from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_folder
 from llama.checkpoint.layout import Spec, specs
 from llama.checkpoint.params import to_params
-from llama.checkpoint.source import PARTIAL, Checkpoint, SourceTensor, open_checkpoint
+from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from llama.checkpoint.write import PthWriter
 from llama.errors import CheckpointError, PartitionError
 from llama.parallel.partition import Partition, weighted_ranges
 
 CHUNK_BYTES = 16 << 20
-# Room beside the tensors: archive directories, manifest, tokenizer.
-OVERHEAD_BYTES = 32 << 20
 NAMES = ("fs_consolidated", "consolidated")
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 # Llama 3 cuts the embedding along the vocabulary; the older ones, with small vocabularies, along the features.
 LLAMA_3_VOCAB = 100_000
 
@@ -87,6 +84,7 @@ def split(
     tensor_split: str | None = None,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    tokenizer_path: str | Path | None = None,
 ) -> Path:
     """Write a checkpoint as `n_shards` files in Meta's layout, with params, tokenizer and manifest.
 
@@ -98,6 +96,7 @@ def split(
         tensor_split: weights of the shards, such as "3,1"; None for equal ones.
         dtype: what to convert to; None keeps each tensor's own.
         force: replace an output folder that an earlier split wrote.
+        tokenizer_path: its tokenizer; None for what lies beside the weights or one folder up.
 
     Returns:
         The folder written.
@@ -110,23 +109,28 @@ def split(
     source = Path(ckpt_dir)
     checkpoint = open_checkpoint(source)
     cut = plan_cut(checkpoint, n_shards, tensor_split)
-    target = Path(output_dir) if output_dir is not None else source.with_name(f"{source.resolve().name}_fs{n_shards}")
-    _check_target(target, source, force)
+    target = Path(output_dir) if output_dir is not None else _default_target(source, n_shards)
+    check_target(target, source, force)
     params = to_params(checkpoint.args)
-    checkpoint = _with_output(checkpoint)
+    checkpoint = with_output(checkpoint)
     layouts = [_shard_layout(checkpoint, cut, shard, dtype) for shard in range(n_shards)]
-    _check_space(target, layouts)
-    with _partial_folder(target) as folder:
+    check_space(target, sum(map(layout_bytes, layouts)))
+    with partial_folder(target) as folder:
         files = [folder / f"{names}.{shard:02d}.pth" for shard in range(n_shards)]
         digests = _write_shards(checkpoint, cut, files, layouts)
-        _copy_tokenizer(source, folder)
-        manifest.write(folder, _describe_source(checkpoint), _describe_cut(cut), digests)
+        copy_tokenizer(source, folder, Path(tokenizer_path) if tokenizer_path is not None else None)
+        manifest.write(folder, describe_source(checkpoint), _describe_cut(cut), digests)
         # Last, since nothing opens as a checkpoint without it.
         (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
     return target
 
 
-def _with_output(checkpoint: Checkpoint) -> Checkpoint:
+def _default_target(source: Path, n_shards: int) -> Path:
+    name = source.resolve().stem if source.is_file() else source.resolve().name
+    return source.with_name(f"{name}_fs{n_shards}")
+
+
+def with_output(checkpoint: Checkpoint) -> Checkpoint:
     """Meta's files hold the output layer also where it is the embedding."""
     if "output.weight" in checkpoint.tensors:
         return checkpoint
@@ -147,63 +151,9 @@ def _shard_layout(checkpoint: Checkpoint, cut: Cut, shard: int, dtype: torch.dty
     return layout
 
 
-def _layout_bytes(layout: Layout) -> int:
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of the tensors of one file."""
     return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
-
-
-# -- folders ---------------------------------------------------------------------------------------
-
-
-def _check_target(target: Path, source: Path, force: bool) -> None:
-    if target.resolve() == source.resolve():
-        raise CheckpointError(f"{target} is the checkpoint itself: choose another --output_dir")
-    if not target.exists():
-        return
-    if not target.is_dir() or (any(target.iterdir()) and not manifest.is_ours(target)):
-        raise CheckpointError(f"{target} exists and was not written by a split: choose another --output_dir")
-    if any(target.iterdir()) and not force:
-        raise CheckpointError(f"{target} exists: add --force to replace it, or choose another --output_dir")
-
-
-def _check_space(target: Path, layouts: list[Layout]) -> None:
-    needed = sum(map(_layout_bytes, layouts)) + OVERHEAD_BYTES
-    folder = target.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"the shards need {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: "
-            "choose another --output_dir or make room"
-        )
-
-
-@contextmanager
-def _partial_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name once everything in it is written."""
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        partial.mkdir(parents=True)
-        yield partial
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; nothing was left behind") from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    beside = source.resolve()
-    for name in TOKENIZERS:
-        for place in (beside, beside.parent):
-            if (place / name).exists():
-                shutil.copyfile(place / name, folder / name)
-                break
 
 
 # -- tensors ---------------------------------------------------------------------------------------
@@ -213,7 +163,7 @@ def _write_shards(
     checkpoint: Checkpoint, cut: Cut, files: list[Path], layouts: list[Layout]
 ) -> dict[str, dict[str, Any]]:
     """Fill the shard files; every tensor's entry of the manifest, by file."""
-    total = sum(map(_layout_bytes, layouts))
+    total = sum(map(layout_bytes, layouts))
     with ExitStack() as stack:
         workers = stack.enter_context(ThreadPoolExecutor(4, thread_name_prefix="split"))
         writers = []
@@ -235,28 +185,35 @@ def _deal_out(
 ) -> None:
     """Write one tensor's rows to the shards that own them, reading ahead by one chunk."""
     name, under_way = tensor.spec.name, list[Future[Any]]()
-    for first, rows in _row_chunks(tensor, dtype):
-        _wait(under_way)
+    for first, rows in row_chunks(tensor, dtype):
+        wait(under_way)
         under_way = []
         for part, writer in zip(parts, writers, strict=True):
             own = rows[_overlap(part, first, len(rows))]
             if own.numel():
                 under_way += writer.append(name, own)
                 bar.update(own.nbytes)
-    _wait(under_way)
+    wait(under_way)
 
 
-def _wait(under_way: list[Future[Any]]) -> None:
+def wait(under_way: list[Future[Any]]) -> None:
+    """Wait for what a writer has under way; its errors are raised here."""
     for future in under_way:
         future.result()
 
 
-def _row_chunks(tensor: SourceTensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The tensor's rows in order, at full width: (first row, rows), each chunk in memory of its own."""
+def row_chunks(tensor: SourceTensor, dtype: torch.dtype, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """The tensor's rows in order, at full width: (first row, rows), each chunk in memory of its own.
+
+    Args:
+        tensor: of a checkpoint.
+        dtype: what to convert to.
+        multiple: chunks hold a multiple of so many rows; of whole heads anyway where the file permutes them.
+    """
     shape = tensor.spec.shape
     step = max(1, CHUNK_BYTES // (torch.Size(shape[1:]).numel() * dtype.itemsize))
-    if tensor.head_rows:
-        step = max(1, step // tensor.head_rows) * tensor.head_rows
+    multiple = max(multiple, tensor.head_rows)
+    step = max(1, step // multiple) * multiple
     for first in range(0, shape[0], step):
         last = min(first + step, shape[0])
         rows = torch.empty(last - first, *shape[1:], dtype=dtype)
@@ -273,7 +230,8 @@ def _overlap(part: tuple[slice, ...], first: int, n_rows: int) -> tuple[slice, .
 # -- the manifest's own words ----------------------------------------------------------------------
 
 
-def _describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint was made from, for its manifest."""
     return {"name": checkpoint.path.resolve().name, "format": checkpoint.format, "n_files": checkpoint.n_shards}
 
 
