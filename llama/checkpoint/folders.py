@@ -20,7 +20,9 @@ TOKENIZERS = {
     "tokenizer.json": ("tokenizer.json",),
 }
 # What says which tokens open and close a text, where a tokenizer.json does not.
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_SETTINGS = (
+    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"
+)  # fmt: skip
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:

@@ -86,13 +86,15 @@ def _verify_file(path: Path, expected: Digests, progress: Callable[[int], object
         different = [key for key in found if found[key] != entry.get(key)]
         if different:
             key = different[0]
-            raise CheckpointError(f"{path}: {name} differs in {key}: {found[key]} where the manifest has {entry.get(key)}")
+            raise CheckpointError(
+                f"{path}: {name} differs in {key}: {found[key]} where the manifest has {entry.get(key)}"
+            )
     return len(expected)
 
 
 def _sha256(stored: StoredTensor, progress: Callable[[int], object]) -> str:
     digest = hashlib.sha256()
     for _, _, piece in stored.pieces(tuple(slice(0, size) for size in stored.shape)):
-        digest.update(memoryview(piece.contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
         progress(piece.nbytes)
     return digest.hexdigest()

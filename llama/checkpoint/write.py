@@ -1,6 +1,6 @@
-"""Write a `.pth` piece by piece: laid out first, filled in afterwards, never held in memory.
+"""Write a `.pth` or `.safetensors` piece by piece: laid out first, filled in afterwards, never held in memory.
 
-`torch.save` under `skip_data` writes the archive's directory and leaves the tensors' bytes out; they
+Of a `.pth`, `torch.save` under `skip_data` writes the archive's directory and leaves the tensors' bytes out; they
 are then written where the directory says. Checksums of the archive, which torch ignores and zip tools
 do not, are put right at the end, so that the file is the one torch.save would have written.
 """
@@ -8,11 +8,13 @@ do not, are put right at the end, so that the file is the one torch.save would h
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.serialization import skip_data
 
-from llama.checkpoint.files import read_header
+from llama.checkpoint.files import SAFETENSORS_DTYPES, read_header
 
 CENTRAL_HEADER = struct.Struct("<4s6H3I5H2I")  # APPNOTE.TXT 4.3.12
 CENTRAL_CRC_AT = 16
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 DESCRIPTOR_SIGNATURE = b"PK\x07\x08"  # APPNOTE.TXT 4.3.9: signature, CRC, sizes
 
 
@@ -43,8 +46,11 @@ class _Progress:
         self.crc = zlib.crc32(data, self.crc)
 
 
-class PthWriter:
-    """A `.pth` file whose tensors are appended to in row-major order, each on its own.
+Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Writer:
+    """A file whose tensors are appended to in row-major order, each on its own.
 
     Args:
         path: the file to write.
@@ -52,19 +58,19 @@ class PthWriter:
         workers: threads that write and take checksums; none of these holds the interpreter's lock.
     """
 
-    def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], workers: Executor
-    ) -> None:
+    def __init__(self, path: Path, tensors: Layout, workers: Executor) -> None:
         self.path = path
         self._workers = workers
-        # Pages of an untouched torch.empty are never backed by memory.
-        with skip_data():
-            torch.save({name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, path)
+        self._lay_out(tensors)
         self._tensors = {
             name: _Progress(stored.offset, torch.Size(stored.shape).numel() * stored.dtype.itemsize)
             for name, stored in read_header(path).items()
         }
         self._descriptor = os.open(path, os.O_RDWR)
+
+    def _lay_out(self, tensors: Layout) -> None:
+        """Write the file, its tensors' bytes left out but for their room."""
+        raise NotImplementedError
 
     def append(self, name: str, values: Tensor) -> list[Future[Any]]:
         """Write the next values of a tensor, in row-major order and in the dtype announced.
@@ -74,30 +80,68 @@ class PthWriter:
             all of it is done.
         """
         progress = self._tensors[name]
-        data = memoryview(values.contiguous().view(-1).view(torch.uint8).numpy())
+        data = values.contiguous().view(-1).view(torch.uint8).numpy().data
         at = progress.offset + progress.written
         progress.written += len(data)
         return [
             self._workers.submit(_write_at, self._descriptor, data, at),
-            self._workers.submit(progress.update_crc, data),
-            self._workers.submit(progress.sha256.update, data),
+            *(self._workers.submit(update, data) for update in self._checksums(progress)),
         ]
 
+    def _checksums(self, progress: _Progress) -> list[Callable[[memoryview], object]]:
+        """What takes in every byte of a tensor."""
+        return [progress.sha256.update]
+
     def finish(self) -> dict[str, str]:
-        """Put the archive's checksums right, close it, and return each tensor's sha256."""
+        """Close the file, which must be whole, and return each tensor's sha256."""
         unfinished = [name for name, p in self._tensors.items() if p.written != p.nbytes]
         if unfinished:
             raise RuntimeError(f"{self.path}: not all of {unfinished[0]} was written")
-        by_offset = {p.offset: p for p in self._tensors.values() if p.nbytes}
-        _patch_checksums(self.path, self._descriptor, by_offset)
+        self._seal()
         self.close()
         return {name: progress.sha256.hexdigest() for name, progress in self._tensors.items()}
+
+    def _seal(self) -> None:
+        """Write what only the whole content decides."""
 
     def close(self) -> None:
         """Close the file, finished or not."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+class PthWriter(Writer):
+    """See `Writer`; the file is the one that torch.save would have written."""
+
+    def _lay_out(self, tensors: Layout) -> None:
+        # Pages of an untouched torch.empty are never backed by memory.
+        with skip_data():
+            torch.save({name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, self.path)
+
+    def _checksums(self, progress: _Progress) -> list[Callable[[memoryview], object]]:
+        return [progress.sha256.update, progress.update_crc]
+
+    def _seal(self) -> None:
+        by_offset = {p.offset: p for p in self._tensors.values() if p.nbytes}
+        _patch_checksums(self.path, self._descriptor, by_offset)
+
+
+class SafetensorsWriter(Writer):
+    """See `Writer`; the format is https://huggingface.co/docs/safetensors: length of the header, header, data."""
+
+    def _lay_out(self, tensors: Layout) -> None:
+        # transformers asks for the format that the tensors were saved from.
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # the data is aligned
+        with self.path.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

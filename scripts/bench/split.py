@@ -59,7 +59,7 @@ def write_random(folder: Path, args: ModelArgs) -> int:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command run to its end, its writes included in what was asked of the disk."""
+    """Seconds and peak resident bytes of a command run to its end."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
