@@ -101,8 +101,8 @@ def _to_hf(
     stored = [(tensor.spec, dtype or tensor.dtype) for tensor in checkpoint.tensors.values()]
     check_space(target, sum(tensor_bytes(spec, kind) for spec, kind in stored))
     with partial_folder(target) as folder:
-        shards = write_weights(folder, stored, checkpoint_rows(checkpoint), max_bytes)
         _write_tokenizer(checkpoint.path, tokenizer_path, found, folder)
+        shards = write_weights(folder, stored, checkpoint_rows(checkpoint), max_bytes)
         _write_generation_config(folder, found[1] if found else None)
         manifest.write(folder, describe_source(checkpoint), {"layout": "hf"}, shards)
         # Last, since nothing opens as a checkpoint without it.
@@ -221,4 +221,7 @@ def _write_tokenizer(
     # Heavy, and needed for this alone.
     from llama.tokenizer.export import write_hf_tokenizer
 
-    write_hf_tokenizer(found[0], folder)
+    try:
+        write_hf_tokenizer(found[0], folder)
+    except TokenizerError as error:
+        notice(f"{error}; it is copied as it is")
