@@ -99,7 +99,7 @@ def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[
     """What SentencePiece does to blanks before it looks for pieces."""
     steps: list[Any] = []
     if sp.normalize("a  b ").count(SPACE_MARK) == 1 + adds_blank:  # extra blanks are removed
-        steps = [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if adds_blank:
         steps.append(normalizers.Prepend(SPACE_MARK))
     return [*steps, normalizers.Replace(" ", SPACE_MARK)]
