@@ -38,12 +38,14 @@ def main(
 
 
 def verify(folder: str) -> None:
-    """Check every tensor of a split folder against its manifest.
+    """Check every tensor of a written checkpoint against its manifest.
 
     Args:
-        folder: what split_model.py wrote.
+        folder: what split_model.py or scripts/convert.py wrote; of a single file, the .pth.json beside it.
     """
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.pth"))
+    path = Path(folder)
+    files = [file for pattern in ("*.pth", "*.safetensors") for file in path.glob(pattern)]
+    size = sum(file.stat().st_size for file in files or [path.with_suffix("")] if file.exists())
     with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", leave=False) as bar:
         n_tensors = manifest.verify(Path(folder), bar.update)
     print(f"{folder}: {n_tensors} tensors are what the manifest says")

@@ -216,11 +216,13 @@ def _write_tokenizer(
     if found is None:
         return
     copy_tokenizer(source, folder, tokenizer_path)
-    if (folder / "tokenizer.json").exists():
-        return
-    # Heavy, and needed for this alone.
-    from llama.tokenizer.export import write_hf_tokenizer
+    # Needed for this alone.
+    from llama.tokenizer.export import write_hf_tokenizer, write_tokenizer_config
 
+    if (folder / "tokenizer.json").exists():
+        if not (folder / "tokenizer_config.json").exists():
+            write_tokenizer_config(found[1], folder)
+        return
     try:
         write_hf_tokenizer(found[0], folder)
     except TokenizerError as error:

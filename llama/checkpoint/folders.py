@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from llama.checkpoint import manifest
 from llama.checkpoint.single import beside
 from llama.checkpoint.source import PARTIAL
+from llama.console import notice
 from llama.errors import CheckpointError
 
 # Room beside the tensors: archive directories, manifest, tokenizer.
@@ -118,14 +120,23 @@ def copy_tokenizer(source: Path, folder: Path, tokenizer_path: Path | None = Non
         return
     start = source.resolve()
     start = start.parent if start.is_file() else start
-    places = [start, start.parent] if tokenizer_path is None else [tokenizer_path]
-    for name, paths in TOKENIZERS.items():
-        found = next((place / path for place in places for path in paths if (place / path).is_file()), None)
-        if found is None:
-            continue
-        _copy_new(found, folder / name)
-        if name == "tokenizer.json":
-            _copy_settings(found.parent, folder)
+    for place in [start, start.parent] if tokenizer_path is None else [tokenizer_path]:
+        if _copy_from(place, folder):
+            return  # a tokenizer one folder up may be another model's
+
+
+def _copy_from(place: Path, folder: Path) -> bool:
+    """Copy all files of the tokenizer in `place`; False where there is none."""
+    found = {
+        name: next((place / path for path in paths if (place / path).is_file()), None)
+        for name, paths in TOKENIZERS.items()
+    }
+    for name, file in found.items():
+        if file is not None:
+            _copy_new(file, folder / name)
+    if found["tokenizer.json"] is not None:
+        _copy_settings(place, folder)
+    return any(found.values())
 
 
 def _copy_settings(place: Path, folder: Path) -> None:
@@ -137,3 +148,5 @@ def _copy_settings(place: Path, folder: Path) -> None:
 def _copy_new(file: Path, target: Path) -> None:
     if not target.exists():
         shutil.copyfile(file, target)
+    elif not filecmp.cmp(file, target, shallow=False):
+        notice(f"{target} is there already and is not that of the model: it is left as it is")

@@ -53,21 +53,27 @@ def write_hf_tokenizer(file: Path, folder: Path) -> None:
         raise TokenizerError(f"{file} is a tokenizer.json already: copy it")
     _check_same(core, ours, file)
     names = {token_id: name for name, token_id in ours.special_tokens.items()}
-    bos, eos = names[ours.bos_id], names[ours.eos_id]
+    bos = names[ours.bos_id]
     core.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, ours.bos_id)]
     )
     core.save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(ours, folder)
+
+
+def write_tokenizer_config(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write `tokenizer_config.json`, which has `AutoTokenizer` take the `tokenizer.json` beside it as it is."""
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     config = {
-        # The file is taken as it is; LlamaTokenizer would build its own pipeline around the vocabulary.
+        # LlamaTokenizer would build a pipeline of its own around the vocabulary.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
+        "bos_token": names.get(tokenizer.bos_id),
+        "eos_token": names.get(tokenizer.eos_id),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    if ours.kind == "sentencepiece":
-        config["unk_token"] = next((name for name in ours.special_tokens if name == "<unk>"), None)
+    if "<unk>" in names.values():
+        config["unk_token"] = "<unk>"
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

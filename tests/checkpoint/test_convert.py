@@ -25,7 +25,7 @@ from llama.checkpoint.layout import specs
 from llama.checkpoint.load import load_model
 from llama.checkpoint.single import beside, geometry_of
 from llama.checkpoint.source import open_checkpoint
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ModelArgs
 from llama.errors import LlamaError
 from llama.parallel import groups
 from llama.parallel.partition import Partition
@@ -37,7 +37,8 @@ SLOW_IS_FINE = settings(
 ALL = ["1", "2", "3", "3.1", "3.2"]
 LONG = torch.arange(1, 101)[None] * 3  # past the 64 positions at which the small models' RoPE is scaled
 TEXTS = [
-    "", "The quick brown fox", "  two  blanks ", "tabs\tand\n\nlines\r\n", "12345 + 678", "naïve 你好 🦙👩‍👩‍👧", "e\u0301\x00",
+    "", "The quick brown fox", "  two  blanks ", "tabs\tand\n\nlines\r\n", "12345 + 678",
+    "naïve 你好 🦙👩‍👩‍👧", "e\u0301\x00",
     "w12 number 44 the the",
 ]  # fmt: skip
 
@@ -132,7 +133,8 @@ def test_transformers_computes_the_same(tmp_path: Path, generation: str) -> None
     source = write_meta(tmp_path / "meta", model, 2)
     folder = convert(source, "hf", tmp_path / "hf")
     loaded, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     assert loaded.config.tie_word_embeddings == (generation == "3.2")
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(LONG).logits, model(LONG).logits, atol=1e-4, rtol=0)
@@ -164,8 +166,11 @@ def test_large_models_are_written_in_indexed_shards(tmp_path: Path) -> None:
     folder = convert(write_meta(tmp_path / "meta", model), "hf", tmp_path / "hf", max_shard_size="90KB")
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))]
-    assert len(files) > 3 and set(index["weight_map"].values()) == {file.name for file in files}
+    assert [file.name for file in files] == [
+        f"model-{n + 1:05d}-of-{len(files):05d}.safetensors" for n in range(len(files))
+    ]
+    assert len(files) > 3
+    assert set(index["weight_map"].values()) == {file.name for file in files}
     assert all(file.stat().st_size < 90_000 + 4_000 for file in files)
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -291,6 +296,31 @@ def test_a_tokenizer_travels_through_all_layouts(tmp_path: Path) -> None:
         path = convert(path, kind, output_of(tmp_path / f"in{step}", step, kind))
         assert load_tokenizer(find_tokenizer(path)).encode("the quick fox", bos=True, eos=False) == ids
     assert (path / "tokenizer.model").exists()
+
+
+def test_one_folder_up_may_lie_another_models_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    sentencepiece_model(tmp_path / "meta")
+    folder = convert(write_meta(tmp_path / "meta", hf_model("2")), "hf", tmp_path / "hf")
+    assert AutoTokenizer.from_pretrained(folder)("the").input_ids == load_tokenizer(
+        tmp_path / "meta" / "tokenizer.model"
+    ).encode("the", bos=True, eos=False)
+
+
+def test_a_tokenizer_json_without_settings_gets_them(tmp_path: Path) -> None:
+    sentencepiece_model(tmp_path / "meta")
+    folder = convert(write_meta(tmp_path / "meta", hf_model("2")), "hf", tmp_path / "hf")
+    (folder / "tokenizer_config.json").unlink()
+    again = AutoTokenizer.from_pretrained(convert(folder, "hf", tmp_path / "again"))
+    assert (again.bos_token, again("w12").input_ids[0]) == ("<s>", 1)
+
+
+def test_a_tokenizer_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentencepiece_model(tmp_path / "meta")
+    (tmp_path / "tokenizer.model").write_bytes(b"another")
+    convert(write_meta(tmp_path / "meta", hf_model("2")), "single", tmp_path / "x.pth")
+    assert (tmp_path / "tokenizer.model").read_bytes() == b"another"
+    assert "is there already" in capsys.readouterr().err
 
 
 def test_a_larger_tokenizer_is_refused(tmp_path: Path) -> None:
