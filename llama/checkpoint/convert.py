@@ -32,6 +32,7 @@ from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, locate_to
 
 KINDS = ("hf", "meta", "single")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+AFTER_LAYERS = ("norm.weight", "output.weight")
 # What LLMs-from-scratch's code has in place of a parameter.
 SCRATCH_NORM_EPS = 1e-5
 
@@ -98,7 +99,9 @@ def _to_hf(
 ) -> Path:
     found = _read_tokenizer(checkpoint, tokenizer_path)
     checkpoint = _tie_if_equal(checkpoint)
-    stored = [(tensor.spec, dtype or tensor.dtype) for tensor in checkpoint.tensors.values()]
+    # As transformers has them: what follows the layers comes after them, so that files hold neighbours.
+    in_order = sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.spec.name in AFTER_LAYERS)
+    stored = [(tensor.spec, dtype or tensor.dtype) for tensor in in_order]
     check_space(target, sum(tensor_bytes(spec, kind) for spec, kind in stored))
     with partial_folder(target) as folder:
         _write_tokenizer(checkpoint.path, tokenizer_path, found, folder)

@@ -128,7 +128,7 @@ class Llama:
 
         Args:
             ckpt_dir: a folder in Meta's, the ancestor's or Hugging Face's layout, cut into any number
-                of files.
+                of files, or LLMs-from-scratch's single `.pth`.
             tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights,
                 then one folder up.
             max_seq_len: tokens of prompt and generation together, at most.
