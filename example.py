@@ -37,7 +37,7 @@ def main(
     """Run a Llama on any number of ranks, from any checkpoint layout.
 
     Args:
-        ckpt_dir: folder of the weights; without it, the bundled model.
+        ckpt_dir: folder of the weights, or LLMs-from-scratch's single .pth; without it, the bundled model.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
         prompts: a text to complete, or a JSON list of texts.
         prompt_file: a file with one prompt a line, or a .json list of texts.

@@ -87,14 +87,27 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.d
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        if dtype not in DTYPES:
-            raise DeviceError(f"dtype {dtype!r} is not one of auto, fp32, bf16, fp16")
-        return DTYPES[dtype]
+        return parse_dtype(dtype, "auto, fp32, bf16, fp16")
     if device.type != "cpu":
         return torch.bfloat16 if has_native_bf16(device) else torch.float16
     small = n_params * torch.float32.itemsize < SMALL_MODEL_BYTES
     keep = small or stored in (torch.float32, torch.float64)
     return torch.float32 if keep or not has_native_bf16(device) else torch.bfloat16
+
+
+def parse_dtype(name: str, known: str = "fp32, bf16, fp16") -> torch.dtype:
+    """The dtype of a name.
+
+    Args:
+        name: a key of `DTYPES`.
+        known: what the message offers in its place.
+
+    Raises:
+        DeviceError: for an unknown name.
+    """
+    if name not in DTYPES:
+        raise DeviceError(f"dtype {name!r} is not one of {known}")
+    return DTYPES[name]
 
 
 def has_native_bf16(device: torch.device) -> bool:

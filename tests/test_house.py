@@ -22,7 +22,7 @@ ALLOWED = {
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},
     "model": MODEL,
-    "checkpoint": MODEL | {"model"},
+    "checkpoint": MODEL | {"model", "geometries", "tokenizer"},
     "tokenizer": {"errors"},
     "chat": TEXT,
     "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},

@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -104,8 +104,12 @@ class StoredTensor:
         return torch.frombuffer(buffer, dtype=self.dtype).as_strided(shape, self.strides)
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def read_header(path: Path, is_ignored: Callable[[str], bool] = lambda _: False) -> dict[str, StoredTensor]:
     """The tensors of a `.pth`, `.bin` or `.safetensors` file by name; no weights are read.
+
+    Args:
+        path: the file.
+        is_ignored: names to leave out, whatever their dtype.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, not a checkpoint, or holds code.
@@ -120,8 +124,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if magic.startswith(b"version"):
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it came from")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    return _read_zip(path) if magic.startswith(b"PK") else _read_legacy(path)
+        return _read_safetensors(path, is_ignored)
+    return _read_zip(path, is_ignored) if magic.startswith(b"PK") else _read_legacy(path, is_ignored)
 
 
 # -- torch.save ------------------------------------------------------------------------------------
@@ -157,11 +161,13 @@ def _refused_global(error: Exception) -> str:
     return found[1] if found else "an unknown object"
 
 
-def _read_zip(path: Path) -> dict[str, StoredTensor]:
+def _read_zip(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
     state = _torch_load(path, mmap=True)
     base = _mapping_base(path, state)
     stored = {}
     for name, tensor in state.items():
+        if is_ignored(str(name)):
+            continue
         _check_dtype(path, name, tensor.dtype)
         offset = tensor.data_ptr() - base if tensor.numel() else 0
         stored[name] = StoredTensor(path, tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
@@ -207,10 +213,12 @@ def _storage_records(path: Path) -> dict[int, int]:
     return sizes
 
 
-def _read_legacy(path: Path) -> dict[str, StoredTensor]:
+def _read_legacy(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
     """Files written before torch 1.6 are one pickle stream: they are read whole."""
     stored = {}
     for name, tensor in _torch_load(path, mmap=False).items():
+        if is_ignored(str(name)):
+            continue
         _check_dtype(path, name, tensor.dtype)
         stored[name] = StoredTensor(path, tensor.dtype, tuple(tensor.shape), tensor.stride(), 0, tensor)
     return stored
@@ -227,7 +235,7 @@ def _check_dtype(path: Path, name: str, dtype: torch.dtype) -> None:
 # -- safetensors -----------------------------------------------------------------------------------
 
 
-def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
+def _read_safetensors(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
     """Parse the header ourselves: the library maps the file and does not tell offsets.
 
     Format: https://huggingface.co/docs/safetensors (8 bytes little-endian length, JSON, data).
@@ -242,7 +250,11 @@ def _read_safetensors(path: Path) -> dict[str, StoredTensor]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        return {name: _safetensor(path, name, entry, 8 + length, size) for name, entry in header.items()}
+        return {
+            name: _safetensor(path, name, entry, 8 + length, size)
+            for name, entry in header.items()
+            if not is_ignored(name)
+        }
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

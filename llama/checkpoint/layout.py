@@ -24,36 +24,45 @@ class Row:
         hf: Hugging Face's name.
         axes: what runs along each dimension.
         permuted: whether Hugging Face stores the rows of each head with the two halves of every
-            RoPE pair apart ("rotate half"), where Meta has them side by side.
+            RoPE pair apart ("rotate half"), where Meta has them side by side. LLMs-from-scratch does too.
+        scratch: the name in rasbt/LLMs-from-scratch (pkg/llms_from_scratch/llama3.py).
     """
 
     meta: str
     hf: str
     axes: tuple[str, ...]
-    permuted: bool = False
+    permuted: bool
+    scratch: str
 
 
 TOP = (
-    Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "dim")),
-    Row("norm.weight", "model.norm.weight", ("dim",)),
-    Row("output.weight", "lm_head.weight", ("vocab", "dim")),
+    Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "dim"), False, "tok_emb.weight"),
+    Row("norm.weight", "model.norm.weight", ("dim",), False, "final_norm.weight"),
+    Row("output.weight", "lm_head.weight", ("vocab", "dim"), False, "out_head.weight"),
 )
 BLOCK = tuple(
-    Row(f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", axes, permuted)
-    for meta, hf, axes, permuted in (
-        ("attention.wq", "self_attn.q_proj", ("q", "dim"), True),
-        ("attention.wk", "self_attn.k_proj", ("kv", "dim"), True),
-        ("attention.wv", "self_attn.v_proj", ("kv", "dim"), False),
-        ("attention.wo", "self_attn.o_proj", ("dim", "q"), False),
-        ("feed_forward.w1", "mlp.gate_proj", ("ffn", "dim"), False),
-        ("feed_forward.w2", "mlp.down_proj", ("dim", "ffn"), False),
-        ("feed_forward.w3", "mlp.up_proj", ("ffn", "dim"), False),
-        ("attention_norm", "input_layernorm", ("dim",), False),
-        ("ffn_norm", "post_attention_layernorm", ("dim",), False),
+    Row(
+        f"layers.{{}}.{meta}.weight",
+        f"model.layers.{{}}.{hf}.weight",
+        axes,
+        permuted,
+        f"trf_blocks.{{}}.{scratch}.weight",
+    )
+    for meta, hf, axes, permuted, scratch in (
+        ("attention.wq", "self_attn.q_proj", ("q", "dim"), True, "att.W_query"),
+        ("attention.wk", "self_attn.k_proj", ("kv", "dim"), True, "att.W_key"),
+        ("attention.wv", "self_attn.v_proj", ("kv", "dim"), False, "att.W_value"),
+        ("attention.wo", "self_attn.o_proj", ("dim", "q"), False, "att.out_proj"),
+        ("feed_forward.w1", "mlp.gate_proj", ("ffn", "dim"), False, "ff.fc1"),
+        ("feed_forward.w2", "mlp.down_proj", ("dim", "ffn"), False, "ff.fc3"),
+        ("feed_forward.w3", "mlp.up_proj", ("ffn", "dim"), False, "ff.fc2"),
+        ("attention_norm", "input_layernorm", ("dim",), False, "norm1"),
+        ("ffn_norm", "post_attention_layernorm", ("dim",), False, "norm2"),
     )
 )
-# Tables that are computed, not learnt, and that some files carry along.
-IGNORED = ("rope.freqs", "rotary_emb.inv_freq")
+# Tables that are computed, not learnt, and that some files carry along (older LLMs-from-scratch the last six).
+IGNORED = ("rope.freqs", "rotary_emb.inv_freq", "att.mask", "att.cos", "att.sin")
+IGNORED_WHOLE = frozenset({"mask", "cos", "sin"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Spec:
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     permuted: bool
+    scratch_name: str
 
     @property
     def cut_dim(self) -> int | None:
@@ -96,19 +106,27 @@ def specs(args: ModelArgs) -> dict[str, Spec]:
         "ffn": args.ffn_dim,
     }
     return {
-        name: Spec(name, hf, tuple(sizes[axis] for axis in row.axes), row.axes, row.permuted)
-        for row, name, hf in _named_rows(args.n_layers)
+        row.meta.format(layer): Spec(
+            row.meta.format(layer),
+            row.hf.format(layer),
+            tuple(sizes[axis] for axis in row.axes),
+            row.axes,
+            row.permuted,
+            row.scratch.format(layer),
+        )
+        for row, layer in _rows(args.n_layers)
     }
 
 
-def _named_rows(n_layers: int) -> Iterator[tuple[Row, str, str]]:
+def _rows(n_layers: int) -> Iterator[tuple[Row, int]]:
+    """Every line of the table with its layer; those of no layer with 0, which their names do not take."""
     for row in TOP:
-        yield row, row.meta, row.hf
+        yield row, 0
     for layer in range(n_layers):
         for row in BLOCK:
-            yield row, row.meta.format(layer), row.hf.format(layer)
+            yield row, layer
 
 
 def is_ignored(name: str) -> bool:
     """Whether a stored tensor is one that may be left unread."""
-    return name.endswith(IGNORED)
+    return name.endswith(IGNORED) or name in IGNORED_WHOLE

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from llama.checkpoint.layout import specs
-from llama.checkpoint.source import Checkpoint
+from llama.checkpoint.source import Checkpoint, shares_output
 from llama.config import ModelArgs
 from llama.console import is_speaker
 from llama.model import Transformer
@@ -57,19 +57,6 @@ def _settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> Mode
     rank's rows, and both where tuning has set them apart (as transformers does).
     """
     args = checkpoint.args
-    if not args.tied or "output.weight" not in checkpoint.tensors:
+    if not args.tied or shares_output(checkpoint, specs(args)["output.weight"].own(partition, rank)):
         return args
-    output, embedding = (checkpoint.tensors[name] for name in ("output.weight", "tok_embeddings.weight"))
-    rows = specs(args)["output.weight"].own(partition, rank)
-    scratch = None
-    for where, values in output.read(rows):
-        start = rows[0].start + where[0].start
-        part = (
-            slice(start, start + values.shape[0]),
-            slice(where[1].start, where[1].start + values.shape[1]),
-        )
-        scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
-        embedding.read_into(tuple(part), scratch)
-        if not torch.equal(scratch, values):
-            return dataclasses.replace(args, tied=False)
-    return args
+    return dataclasses.replace(args, tied=False)

@@ -7,7 +7,7 @@ Meta's. What is open is only headers: bytes are read when a part is asked for.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -17,11 +17,15 @@ from torch import Tensor
 
 from llama.checkpoint.files import Index, StoredTensor, read_header
 from llama.checkpoint.layout import Spec, is_ignored, specs
+from llama.checkpoint.single import geometry_of
 from llama.config import ModelArgs, read_json
 from llama.errors import CheckpointError
 
 SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
 HF_NAMES = ("model.safetensors", "pytorch_model.bin")
+# A folder that is still being written, or was left behind by a run that was killed.
+PARTIAL = ".partial"
+SINGLE_SUFFIXES = (".pth", ".pt", ".bin")
 MOST_NAMED = 20  # tensors listed in one message
 
 
@@ -87,8 +91,8 @@ class Checkpoint:
     """An open checkpoint: its geometry, its format and its tensors by Meta's names.
 
     Args:
-        path: the folder.
-        format: "meta" or "hf".
+        path: the folder, or the single file.
+        format: "meta", "hf" or "single".
         args: the geometry; `vocab_size` is that of the tensors.
         tensors: every tensor of the model; without "output.weight" when the file has none.
         n_shards: files that the tensors were cut into.
@@ -109,6 +113,8 @@ class Checkpoint:
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a checkpoint folder: Meta's `consolidated.NN.pth`, `fs_consolidated.NN.pth`, or Hugging Face's.
 
+    A path to a file is that of LLMs-from-scratch's single `.pth`.
+
     Raises:
         CheckpointError: when it is missing, empty, damaged or incomplete, or when its tensors are not
             those that its parameters announce; one message names all of them.
@@ -116,8 +122,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     folder = Path(path)
     if not folder.exists():
         raise CheckpointError(f"no checkpoint at {folder}: there is no such folder")
+    if folder.resolve().name.endswith(PARTIAL):
+        raise CheckpointError(f"{folder} was not finished: run the command that was writing it again")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file: --ckpt_dir names the folder that holds the checkpoint")
+        return _open_single(folder)
     shards = _shard_files(folder)
     if shards:
         return _open_meta(folder, shards)
@@ -155,7 +163,7 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
     if not (folder / "params.json").exists():
         raise CheckpointError(f"{folder} has no params.json: copy it from where the weights came from")
     args = ModelArgs.from_file(folder / "params.json")
-    shards = [_drop_ignored(read_header(file)) for file in files]
+    shards = [read_header(file, is_ignored) for file in files]
     args = _settle_vocab_size(args, shards)
     expected = specs(args)
     problems = _Problems()
@@ -172,10 +180,6 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
             tensors[name] = tensor
     problems.raise_if_any(folder, len(files))
     return Checkpoint(folder, "meta", args, tensors, len(files))
-
-
-def _drop_ignored(header: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    return {name: stored for name, stored in header.items() if not is_ignored(name)}
 
 
 def _may_lack(name: str, args: ModelArgs) -> bool:
@@ -213,29 +217,39 @@ def _open_hf(folder: Path, name: str) -> Checkpoint:
     args = ModelArgs.from_file(folder / "config.json")
     stored, n_files = _hf_tensors(folder, name)
     expected = specs(args)
-    problems = _Problems()
-    by_hf_name = {spec.hf_name: spec for spec in expected.values()}
     embedding, output = (expected[name].hf_name for name in ("tok_embeddings.weight", "output.weight"))
     if args.tied and embedding not in stored and output in stored:
         stored[embedding] = stored.pop(output)  # safetensors' save_model keeps either name
-    problems.unexpected = [key for key in stored if key not in by_hf_name]
+    tensors = _by_our_names(folder, args, stored, lambda spec: spec.hf_name, n_files)
+    return Checkpoint(folder, "hf", args, tensors, n_files)
+
+
+def _by_our_names(
+    path: Path, args: ModelArgs, stored: Mapping[str, StoredTensor], name_of: Callable[[Spec], str], n_files: int
+) -> dict[str, SourceTensor]:
+    """Whole tensors under another world's names, in rotate-half row order, by ours."""
+    expected = specs(args)
+    problems = _Problems()
+    known = {name_of(spec) for spec in expected.values()}
+    problems.unexpected = [key for key in stored if key not in known]
     tensors = {}
     for spec in expected.values():
-        if spec.hf_name not in stored:
+        name = name_of(spec)
+        if name not in stored:
             if not _may_lack(spec.name, args):
-                problems.missing.append(spec.hf_name)
+                problems.missing.append(name)
             continue
-        tensor = SourceTensor(spec, (stored[spec.hf_name],), head_rows=args.head_dim if spec.permuted else 0)
+        tensor = SourceTensor(spec, (stored[name],), head_rows=args.head_dim if spec.permuted else 0)
         problems.check_shape(spec, tensor)
         tensors[spec.name] = tensor
-    problems.raise_if_any(folder, n_files)
-    return Checkpoint(folder, "hf", args, tensors, n_files)
+    problems.raise_if_any(path, n_files)
+    return tensors
 
 
 def _hf_tensors(folder: Path, name: str) -> tuple[dict[str, StoredTensor], int]:
     index_path = folder / f"{name}.index.json"
     if (folder / name).exists():
-        return _drop_ignored(read_header(folder / name)), 1
+        return read_header(folder / name, is_ignored), 1
     weight_map = read_json(index_path)
     weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -246,8 +260,46 @@ def _hf_tensors(folder: Path, name: str) -> tuple[dict[str, StoredTensor], int]:
             raise CheckpointError(f"{index_path} names a file outside its folder: {file}")
         if not (folder / file).exists():
             raise CheckpointError(f"{folder} lacks {file}, which its index names")
-        stored.update(_drop_ignored(read_header(folder / file)))
+        stored.update(read_header(folder / file, is_ignored))
     return stored, len(set(weight_map.values()))
+
+
+# -- LLMs-from-scratch -----------------------------------------------------------------------------
+
+
+def _open_single(path: Path) -> Checkpoint:
+    if path.suffix not in SINGLE_SUFFIXES:
+        raise CheckpointError(
+            f"{path} is a file: --ckpt_dir names the folder that holds the checkpoint, or the single .pth of "
+            "LLMs-from-scratch"
+        )
+    stored = read_header(path, is_ignored)
+    args = geometry_of(path, stored)
+    return Checkpoint(path, "single", args, _by_our_names(path, args, stored, lambda spec: spec.scratch_name, 1), 1)
+
+
+# -- what all of them share ------------------------------------------------------------------------
+
+
+def shares_output(checkpoint: Checkpoint, rows: Index) -> bool:
+    """Whether the output layer equals the embedding in these rows, or is not stored at all.
+
+    Meta's Llama 3.2 files hold the tied weight twice, and tuning may have set the two apart.
+    """
+    if "output.weight" not in checkpoint.tensors:
+        return True
+    output, embedding = (checkpoint.tensors[name] for name in ("output.weight", "tok_embeddings.weight"))
+    for where, values in output.read(rows):
+        start = rows[0].start + where[0].start
+        part = (
+            slice(start, start + values.shape[0]),
+            slice(where[1].start, where[1].start + values.shape[1]),
+        )
+        scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
+        embedding.read_into(part, scratch)
+        if not torch.equal(scratch, values):
+            return False
+    return True
 
 
 class _Problems:

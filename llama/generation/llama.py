@@ -23,7 +23,7 @@ from llama.generation.stops import TextWatch
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.partition import Partition
-from llama.tokenizer import CANDIDATES, Tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 Stop = str | int | Sequence[str | int] | None
 
@@ -129,7 +129,7 @@ class Llama:
 
         Args:
             ckpt_dir: a folder in Meta's, the ancestor's or Hugging Face's layout, cut into any number
-                of files.
+                of files, or LLMs-from-scratch's single `.pth`.
             tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights,
                 then one folder up.
             max_seq_len: tokens of prompt and generation together, at most.
@@ -399,23 +399,6 @@ class Llama:
 
 
 # -- building --------------------------------------------------------------------------------------
-
-
-def find_tokenizer(ckpt_dir: str | Path, tokenizer_path: str | Path | None = None) -> Path:
-    """The tokenizer's file or folder: what was named, or beside the weights, or one folder up.
-
-    Raises:
-        TokenizerError: when there is none.
-    """
-    if tokenizer_path is not None:
-        return Path(tokenizer_path)
-    beside = Path(ckpt_dir).resolve()
-    for folder in (beside, beside.parent):
-        if any((folder / name).exists() for name in CANDIDATES):
-            return folder
-    raise TokenizerError(
-        f"no tokenizer.model or tokenizer.json in {ckpt_dir} or the folder above it: name it with --tokenizer_path"
-    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from llama.errors import TokenizerError
 from llama.tokenizer.base import TextStream, Tokenizer
 
-__all__ = ["TextStream", "Tokenizer", "load_tokenizer"]
+__all__ = ["TextStream", "Tokenizer", "find_tokenizer", "load_tokenizer", "locate_tokenizer"]
 
 # Where a folder keeps its tokenizer, by preference; the last is Llama 3's repository on Hugging Face.
 CANDIDATES = ("tokenizer.model", "tokenizer.json", "original/tokenizer.model")
@@ -31,7 +31,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         TokenizerError: nothing is there, or what is there is empty, damaged, or of none of the three kinds.
     """
-    file = _locate(Path(path))
+    file = locate_tokenizer(Path(path))
     content = _read(file)
     _refuse_lookalikes(content, file)
     # The libraries are heavy, and a session needs one of the three.
@@ -53,8 +53,34 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     )
 
 
-def _locate(path: Path) -> Path:
-    """Return the tokenizer's file for a file or a folder."""
+def find_tokenizer(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None = None) -> Path:
+    """The tokenizer's file or folder: what was named, or beside the weights, or one folder up.
+
+    Args:
+        ckpt_dir: the checkpoint's folder, or its file where it is a single one.
+        tokenizer_path: what was named, if anything.
+
+    Raises:
+        TokenizerError: when there is none.
+    """
+    if tokenizer_path is not None:
+        return Path(tokenizer_path)
+    beside = Path(ckpt_dir).resolve()
+    beside = beside.parent if beside.is_file() else beside
+    for folder in (beside, beside.parent):
+        if any((folder / name).exists() for name in CANDIDATES):
+            return folder
+    raise TokenizerError(
+        f"no tokenizer.model or tokenizer.json in {beside} or the folder above it: name it with --tokenizer_path"
+    )
+
+
+def locate_tokenizer(path: Path) -> Path:
+    """The tokenizer's file for a file or a folder.
+
+    Raises:
+        TokenizerError: when a folder has none.
+    """
     if not path.is_dir():
         return path
     for name in CANDIDATES:

@@ -69,7 +69,7 @@ class TiktokenTokenizer(Tokenizer):
     kind = "tiktoken"
 
     def __init__(self, content: bytes, origin: str):
-        ranks = _read_ranks(content, origin)
+        ranks = read_ranks(content, origin)
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             name=origin,
@@ -114,7 +114,7 @@ def split_long(text: str) -> Iterator[str]:
             yield block[low:high]
 
 
-def _read_ranks(content: bytes, origin: str) -> dict[bytes, int]:
+def read_ranks(content: bytes, origin: str) -> dict[bytes, int]:
     """Return token bytes to rank; ranks are 0, 1, ... without a gap, as ids must be."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(content.splitlines(), start=1):

@@ -180,14 +180,14 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_ALPHABET = _byte_alphabet()
 
 
 def _bytes_of(token: str, added: bool) -> bytes:
     """Return a byte-level token's bytes; added tokens are spelt in plain text."""
-    if added or any(character not in _BYTE_OF for character in token):
+    if added or any(character not in BYTE_ALPHABET for character in token):
         return token.encode("utf-8")
-    return bytes(_BYTE_OF[character] for character in token)
+    return bytes(BYTE_ALPHABET[character] for character in token)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

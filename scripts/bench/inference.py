@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from peers import PEERS, Running, Setup, Timing
 from report import Report, equal_tokens, machine, now, peer_report, ratios, table, write_json
-from weights import checkpoint_fill, random_fill, write_hf
+from weights import random_rows, write_hf
 
 from llama import env
+from llama.checkpoint.hf_weights import checkpoint_rows
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.config import ModelArgs
@@ -108,7 +109,7 @@ def prepared_weights(
         with _folder(keep_dir, args) as (folder, is_new):
             if is_new:
                 notice(f"writing {args.n_unique_params:,} random parameters, {NAMES[dtype]}")
-                write_hf(folder, args, dtype, random_fill(seed))
+                write_hf(folder, args, dtype, random_rows(seed))
             yield Weights(geometry, "random", args, dict.fromkeys(PEERS, str(folder)), dict.fromkeys(PEERS, "hf"))
         return
     checkpoint = open_checkpoint(ckpt_dir)
@@ -119,7 +120,7 @@ def prepared_weights(
         if is_new:
             notice("writing a copy in Hugging Face's layout for its peer")
             stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
-            write_hf(folder, checkpoint.args, stored, checkpoint_fill(checkpoint), checkpoint.tensors)
+            write_hf(folder, checkpoint.args, stored, checkpoint_rows(checkpoint), checkpoint.tensors)
         folders = dict.fromkeys(PEERS, str(folder)) | {"ours": ckpt_dir}
         read_by = dict.fromkeys(PEERS, "hf") | {"ours": checkpoint.format}
         yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, folders, read_by)

@@ -1,0 +1,77 @@
+"""Write a geometry as Meta's `params.json`, solving for what Meta's keys only say in a roundabout way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from llama.config import LLAMA_3_2_GEOMETRIES, ModelArgs, RopeScaling, ffn_width
+from llama.errors import CheckpointError
+
+# What published models use, tried first so that files look like Meta's.
+MULTIPLES_OF = (256, 1024, 4096, 512, 128, 64, 32)
+MULTIPLIERS = (None, 1.3, 1.5, 1.0)
+
+
+def to_params(args: ModelArgs) -> dict[str, Any]:
+    """The content of `params.json`, from which `ModelArgs.from_params` reads the same geometry.
+
+    Raises:
+        CheckpointError: for a head width that Meta's keys cannot express.
+    """
+    if args.head_dim * args.n_heads != args.dim:
+        raise CheckpointError(
+            f"Meta's params.json cannot express heads of width {args.head_dim} with dim {args.dim} and "
+            f"{args.n_heads} heads: keep this model in Hugging Face's layout"
+        )
+    multiple_of, multiplier = solve_ffn(args.dim, args.ffn_dim)
+    params: dict[str, Any] = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+        "vocab_size": args.vocab_size,
+        "multiple_of": multiple_of,
+        "ffn_dim_multiplier": multiplier,
+        "norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
+    }
+    if multiplier is None:
+        del params["ffn_dim_multiplier"]
+    return params | _scaling_params(args)
+
+
+def solve_ffn(dim: int, ffn_dim: int) -> tuple[int, float | None]:
+    """A `multiple_of` and an `ffn_dim_multiplier` for which Meta's rule gives `ffn_dim`."""
+    for multiplier in MULTIPLIERS:
+        for multiple_of in MULTIPLES_OF:
+            if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
+                return multiple_of, multiplier
+    # The largest power of two in the width, up to 256; the multiplier that brings the rule just below.
+    multiple_of = math.gcd(ffn_dim, 256)
+    multiplier = (ffn_dim - multiple_of / 2) / int(2 * (4 * dim) / 3)
+    if ffn_width(dim, multiple_of, multiplier) != ffn_dim:
+        raise CheckpointError(f"no multiple_of and ffn_dim_multiplier of Meta's give an FFN of {ffn_dim} columns")
+    return multiple_of, multiplier
+
+
+def _scaling_params(args: ModelArgs) -> dict[str, Any]:
+    """`use_scaled_rope` where it means this scaling; our own `rope_scaling` where it would not."""
+    scaling = args.rope_scaling
+    if scaling is None:
+        return {}
+    implied = 32.0 if (args.dim, args.n_layers) in LLAMA_3_2_GEOMETRIES else 8.0
+    if scaling == RopeScaling(implied):
+        return {"use_scaled_rope": True}
+    if scaling.kind == "linear":
+        return {"rope_scaling": {"rope_type": "linear", "factor": scaling.factor}}
+    return {
+        "use_scaled_rope": True,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_context,
+        },
+    }
