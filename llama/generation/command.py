@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat import Dialog
+from llama.checkpoint.activations import Workload
 from llama.console import is_speaker, notice
 from llama.errors import LlamaError
 from llama.generation.llama import Completion, Llama
@@ -79,6 +80,17 @@ def read_tasks(
     if dialogs is not None:
         return Tasks(dialogs=read_dialogs(dialogs))
     return Tasks(interactive=True) if interactive else Tasks(read_prompts(prompts, prompt_file, ckpt_dir))
+
+
+def expected_work(tasks: Tasks, settings: Settings, streaming: bool, max_batch_size: int, max_seq_len: int) -> Workload:
+    """What the tasks are going to need at a time: at most the limits, often less."""
+    n_prompts = 1 if tasks.interactive or (streaming and tasks.prompts) else len(tasks.prompts or tasks.dialogs)
+    length = max_seq_len
+    if tasks.prompts and settings.max_gen_len is not None:
+        # A token is a byte at least; BOS and a leading space come on top.
+        longest = max(len(prompt.encode()) for prompt in tasks.prompts) + 2
+        length = min(length, longest + settings.max_gen_len)
+    return Workload(max(1, min(n_prompts, max_batch_size)), max(1, length))
 
 
 def perform(llama: Llama, tasks: Tasks, settings: Settings, streaming: bool) -> list[dict[str, Any]]:
@@ -254,9 +266,9 @@ def check_writable(path: str | None) -> None:
         raise LlamaError(f"cannot write {path}: no such folder, or it is one")
 
 
-def write_json(path: str, records: list[dict[str, Any]]) -> None:
-    """Write the results on rank 0, beside and renamed, so that no half of a file is left."""
-    if not is_speaker():
+def write_json(path: str | None, records: list[dict[str, Any]]) -> None:
+    """Write the results on rank 0, beside and renamed, so that no half of a file is left; nothing without a path."""
+    if path is None or not is_speaker():
         return
     partial = Path(f"{path}.partial")
     try:
