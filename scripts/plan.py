@@ -46,13 +46,17 @@ def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_param
     return choose_dtype(dtype, device, stored, n_params)
 
 
+def count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
     setting, work = plan.setting, plan.setting.work
     ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
     split = f" split {setting.tensor_split}" if setting.tensor_split else ""
     prompts = "1 prompt" if work.n_prompts == 1 else f"{work.n_prompts} prompts"
     return (
-        f"{name}: {args.n_unique_params / 1e9:.2f} B parameters in {NAMES[setting.dtype]} on {ranks}{split}, "
+        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]} on {ranks}{split}, "
         f"{prompts} of {work.length} tokens at a time"
     )
 
@@ -102,7 +106,7 @@ def main(
         if value < 1:
             raise LlamaError(f"{name} must be a whole number above 0, is {value}")
     where = planned_device(device, memory is not None)
-    there = given_memory(memory, nproc) if memory is not None else machine_memory(where)
+    there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
     args, stored, name = described(ckpt_dir, model)
     chosen = planned_dtype(dtype, where, stored, args.n_unique_params)
     planner = Planner(args, where.type, there)

@@ -148,8 +148,10 @@ class _Pass:
         mask = self.n_columns * self.n_seen * self.kernels.itemsize if self.later else 0
         if not self.kernels.fused:
             scores = self.n_rows * self.n_heads * self.n_columns * self.n_seen * self.kernels.itemsize
-            # Scaled queries and keys, the keys and values repeated for each head, scores before and after softmax.
-            return mask + 2 * scores + 4 * self.query
+            # Scores before and after the softmax; scaled queries and keys, keys and values repeated for each
+            # head; the causal mask as bool and, in between, twice as numbers.
+            causal = 0 if self.later else self.n_columns * self.n_seen * (2 + 2 * FLOAT)
+            return mask + causal + 2 * scores + 6 * self.query
         sums = self.n_tokens * self.n_heads * FLOAT
         return self.query + sums + mask + self._tiles()
 

@@ -96,10 +96,16 @@ def given_memory(text: str, n_ranks: int) -> Memory:
     return Memory(tuple(f"rank {rank}" for rank in range(n_ranks)), tuple(sizes), grows=True)
 
 
-def machine_memory(device: torch.device) -> Memory:
-    """All cards of this machine, or its main memory; local ranks take the cards in turn."""
+def machine_memory(device: torch.device, n_started: int = 0) -> Memory:
+    """All cards of this machine, or its main memory; local ranks take the cards in turn.
+
+    Args:
+        device: which of the two.
+        n_started: processes that will run besides this one; each takes some main memory before it holds a model.
+    """
     if device.type != "cuda":
-        return Memory(("this machine",), (host_bytes(),))
+        itself = psutil.Process().memory_full_info().uss if n_started else 0
+        return Memory(("this machine",), (max(0, host_bytes() - n_started * itself),))
     count = torch.cuda.device_count()
     return Memory(tuple(f"card {n}" for n in range(count)), tuple(card_bytes(n) for n in range(count)))
 

@@ -249,8 +249,8 @@ def table(plan: Plan) -> str:
         sizes = [show_bytes(item.nbytes) for item in rank.items]
         rows.append([f"rank {rank.rank}", *sizes, show_bytes(rank.total()), show_bytes(pool.nbytes) + shared, verdict])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) for row in rows]
+    return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))
 
 
 def command(setting: Setting, ckpt_dir: str, dtype: str = "auto", device: str = "auto") -> str:
