@@ -88,6 +88,10 @@ class Plan:
         return max(self.pools, key=lambda pool: self.excess(pool, names))
 
 
+# A setting that fits, made from one that may not; None when there is none.
+Settle = Callable[[Setting], Setting | None]
+
+
 @dataclass(frozen=True)
 class Planner:
     """Makes plans for one model on one kind of machine.
@@ -122,18 +126,17 @@ class Planner:
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""
-        found = []
-        for way in (self._by_split, self._by_dtype, self._by_ranks, self._by_batch, self._by_length):
-            better = way(setting)
-            if better is not None:
-                found.append(better)
+        found = self._ways(setting)
         if not found:
-            one = dataclasses.replace(setting, work=Workload(1, setting.work.length))
-            for way in (self._by_split, self._by_length, self._by_ranks):
-                better = way(one)
-                if better is not None:
-                    found.append(better)
+            found = self._ways(dataclasses.replace(setting, work=Workload(1, setting.work.length)))
         return list(dict.fromkeys(found))
+
+    def _ways(self, setting: Setting) -> list[Setting]:
+        split = self._by_split(setting)
+        # Where a split alone helps, the other ways are those without one.
+        settle = self._settled if split is None else lambda other: other if self._fits(other) else None
+        ways = (self._by_dtype, self._by_ranks, self._by_batch, self._by_length)
+        return [better for better in (split, *(way(setting, settle) for way in ways)) if better is not None]
 
     def _fits(self, setting: Setting) -> bool:
         try:
@@ -168,39 +171,39 @@ class Planner:
                 return better
         return None
 
-    def _by_dtype(self, setting: Setting) -> Setting | None:
+    def _by_dtype(self, setting: Setting, settle: Settle) -> Setting | None:
         if setting.dtype != torch.float32:
             return None
         narrow = torch.bfloat16 if self.device == "cpu" else torch.float16
-        return self._settled(dataclasses.replace(setting, dtype=narrow))
+        return settle(dataclasses.replace(setting, dtype=narrow))
 
-    def _by_ranks(self, setting: Setting) -> Setting | None:
+    def _by_ranks(self, setting: Setting, settle: Settle) -> Setting | None:
         """The fewest further ranks; they help only where they bring memory along."""
         most = self.args.n_heads if self.memory.grows else len(self.memory.sizes)
         for n_ranks in range(setting.n_ranks + 1, min(most, self.args.n_heads) + 1):
-            better = self._settled(dataclasses.replace(setting, n_ranks=n_ranks, tensor_split=None))
+            better = settle(dataclasses.replace(setting, n_ranks=n_ranks, tensor_split=None))
             if better is not None:
                 return better
         return None
 
-    def _by_batch(self, setting: Setting) -> Setting | None:
+    def _by_batch(self, setting: Setting, settle: Settle) -> Setting | None:
         def at(n_prompts: int) -> Setting:
             return dataclasses.replace(setting, work=Workload(n_prompts, setting.work.length))
 
-        return self._largest(at, 1, setting.work.n_prompts)
+        return self._largest(at, settle, setting.work.n_prompts)
 
-    def _by_length(self, setting: Setting) -> Setting | None:
+    def _by_length(self, setting: Setting, settle: Settle) -> Setting | None:
         def at(sixteenths: int) -> Setting:
             return dataclasses.replace(setting, work=Workload(setting.work.n_prompts, SHORTEST * sixteenths))
 
-        return self._largest(at, 1, -(-setting.work.length // SHORTEST))
+        return self._largest(at, settle, -(-setting.work.length // SHORTEST))
 
-    def _largest(self, at: Callable[[int], Setting], low: int, high: int) -> Setting | None:
-        """The setting of the largest number from `low` to below `high` that fits, by halving the range."""
-        best = None
+    def _largest(self, at: Callable[[int], Setting], settle: Settle, high: int) -> Setting | None:
+        """The setting of the largest number below `high` that fits, by halving the range."""
+        low, best = 1, None
         while low < high:
             middle = (low + high) // 2
-            better = self._settled(at(middle))
+            better = settle(at(middle))
             if better is None:
                 high = middle
             else:

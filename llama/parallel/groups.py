@@ -209,6 +209,7 @@ def exchange(text: str) -> list[str]:
     if size == 1:
         return [text]
     connect()
+    assert _store is not None
     _phase += 1
     key = f"exchange/{_phase}"
     _store.set(f"{key}/{env.rank()}", text)
@@ -216,7 +217,7 @@ def exchange(text: str) -> list[str]:
         _store.wait([f"{key}/{other}" for other in range(size)], PHASE_TIMEOUT)
         return [_store.get(f"{key}/{other}").decode() for other in range(size)]
     except dist.DistError as lost:
-        raise RankLostError(lost_message("while waiting for its figures")) from lost
+        raise RankLostError(lost_message()) from lost
 
 
 def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
