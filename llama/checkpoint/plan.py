@@ -179,8 +179,12 @@ class Planner:
 
     def _by_ranks(self, setting: Setting, settle: Settle) -> Setting | None:
         """The fewest further ranks; they help only where they bring memory along."""
+        itemsize = setting.dtype.itemsize
         most = self.args.n_heads if self.memory.grows else len(self.memory.sizes)
         for n_ranks in range(setting.n_ranks + 1, min(most, self.args.n_heads) + 1):
+            # Cutting a large model in many ways takes seconds: not where even all memory together is too little.
+            if sum(pool.nbytes for pool in self.memory.pools(n_ranks)) < self.args.n_unique_params * itemsize:
+                continue
             better = settle(dataclasses.replace(setting, n_ranks=n_ranks, tensor_split=None))
             if better is not None:
                 return better
