@@ -33,6 +33,7 @@ def main(
     stream: bool = False,
     interactive: bool = False,
     output_json: str | None = None,
+    no_plan: bool = False,
 ) -> None:
     """Run a Llama on any number of ranks, from any checkpoint layout.
 
@@ -59,20 +60,18 @@ def main(
         stream: print tokens as they come, one prompt after another.
         interactive: read prompts from the keyboard.
         output_json: write prompts, completions, tokens and log-probabilities to this file.
+        no_plan: load without asking first whether the memory suffices.
     """
     with groups.phase("settings"):
-        settings = command.Settings(
-            temperature, top_p, top_k, max_gen_len, logprobs=logprobs or output_json is not None, echo=echo
-        )
+        settings = command.Settings(temperature, top_p, top_k, max_gen_len, logprobs or output_json is not None, echo)
         tasks = command.read_tasks(prompts, prompt_file, dialogs, interactive, ckpt_dir)
         command.check_writable(output_json)
+        work = command.expected_work(tasks, settings, stream, max_batch_size, max_seq_len)
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device,
-        tensor_split=tensor_split, threads=threads, chat_format=chat_format,
+        tensor_split=tensor_split, threads=threads, chat_format=chat_format, plan=not no_plan and work,
     )  # fmt: skip
-    records = command.perform(llama, tasks, settings, stream)
-    if output_json is not None:
-        command.write_json(output_json, records)
+    command.write_json(output_json, command.perform(llama, tasks, settings, stream))
 
 
 if __name__ == "__main__":

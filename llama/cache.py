@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Tokens of one prefill pass: bounds activations, however long or many the prompts.
+PREFILL_TOKENS = 4096
+
 
 class KVCache:
     """Keys and values of `n_slots` sequences of at most `length` tokens, for every layer.

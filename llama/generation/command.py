@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat import Dialog
+from llama.checkpoint.activations import Workload
 from llama.console import is_speaker, notice
 from llama.errors import LlamaError
 from llama.generation.llama import Completion, Llama
@@ -80,6 +81,17 @@ def read_tasks(
     if dialogs is not None:
         return Tasks(dialogs=read_dialogs(dialogs))
     return Tasks(interactive=True) if interactive else Tasks(read_prompts(prompts, prompt_file, ckpt_dir))
+
+
+def expected_work(tasks: Tasks, settings: Settings, streaming: bool, max_batch_size: int, max_seq_len: int) -> Workload:
+    """What the tasks are going to need at a time: at most the limits, often less."""
+    n_prompts = 1 if tasks.interactive or (streaming and tasks.prompts) else len(tasks.prompts or tasks.dialogs)
+    length = max_seq_len
+    if tasks.prompts and settings.max_gen_len is not None:
+        # A token is a byte at least; BOS and a leading space come on top.
+        longest = max(len(prompt.encode()) for prompt in tasks.prompts) + 2
+        length = min(length, longest + settings.max_gen_len)
+    return Workload(max(1, min(n_prompts, max_batch_size)), max(1, length))
 
 
 def perform(llama: Llama, tasks: Tasks, settings: Settings, streaming: bool) -> list[dict[str, Any]]:
@@ -282,12 +294,14 @@ def check_writable(path: str | None) -> None:
         raise LlamaError(f"cannot write {path}: you may not write to {target.parent}")
 
 
-def write_json(path: str, records: list[dict[str, Any]]) -> None:
-    """Write the results on rank 0, beside and renamed, so that no half of a file is left.
+def write_json(path: str | None, records: list[dict[str, Any]]) -> None:
+    """Write the results on rank 0, beside and renamed, so that no half of a file is left; nothing without a path.
 
     Raises:
         LlamaError: on every rank, when the system refuses.
     """
+    if path is None:
+        return
     with groups.phase("results"):
         if is_speaker():
             _replace(Path(path), json.dumps(records, ensure_ascii=False, indent=2) + "\n")

@@ -18,15 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from llama.cache import KVCache
+from llama.cache import PREFILL_TOKENS, KVCache
 from llama.generation.sampling import Batch, Sampling, sample
 from llama.model import Transformer
 from llama.parallel.vocab import log_probs_of
 
 FinishReason = Literal["stop", "length"]
 
-# Tokens of one prefill pass: bounds activations, however long or many the prompts.
-PREFILL_TOKENS = 4096
 # Floats of one piece of logits when a whole prompt is scored.
 LOGIT_FLOATS = 16 << 20
 

@@ -12,6 +12,8 @@ import torch
 
 from llama.chat import REFUSAL, ChatFormat, Dialog
 from llama.chat import chat_format as choose_format
+from llama.checkpoint.activations import Workload
+from llama.checkpoint.check import check_fit
 from llama.checkpoint.load import load_model
 from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.console import notice
@@ -124,6 +126,7 @@ class Llama:
         tensor_split: str | Sequence[float] | None = None,
         threads: int | None = None,
         chat_format: str = "auto",
+        plan: bool | Workload = True,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -141,6 +144,8 @@ class Llama:
             tensor_split: weights of the ranks, `"3,1"` or a sequence; None for equal shards.
             threads: CPU threads of this rank; None shares the cores among the local ranks.
             chat_format: "auto", "llama2", "llama3" or "alpaca".
+            plan: whether to check first that the model fits into memory; a `Workload` says what is going to
+                be run, where that is less than `max_batch_size` and `max_seq_len` allow.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -160,6 +165,10 @@ class Llama:
             args = checkpoint.args
             chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, args.n_unique_params)
             chat = choose_format(chat_format, tokenizer)
+        with groups.phase("plan"):
+            if plan is not False:
+                limits, expected = Workload(max_batch_size, max_seq_len), None if plan is True else plan
+                check_fit(args, chosen_device, chosen_dtype, size, tensor_split, limits, expected)
         ranks = groups.start(chosen_device, model_parallel_size)
         with groups.phase("load"):
             model = load_model(checkpoint, partition, ranks, chosen_dtype)

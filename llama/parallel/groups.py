@@ -232,6 +232,28 @@ def phase(name: str) -> Iterator[None]:
         raise agreed
 
 
+def exchange(text: str) -> list[str]:
+    """The `text` of every process, in order, before any group exists; every process makes this call.
+
+    Raises:
+        RankLostError: when a process goes away meanwhile.
+    """
+    global _phase
+    size = env.world_size()
+    if size == 1:
+        return [text]
+    connect()
+    assert _store is not None
+    _phase += 1
+    key = f"exchange/{_phase}"
+    _store.set(f"{key}/{env.rank()}", text)
+    try:
+        _store.wait([f"{key}/{other}" for other in range(size)], PHASE_TIMEOUT)
+        return [_store.get(f"{key}/{other}").decode() for other in range(size)]
+    except dist.DistError as lost:
+        raise RankLostError(lost_message()) from lost
+
+
 def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
     """The error of the lowest rank that has one, the same on every process."""
     global _phase

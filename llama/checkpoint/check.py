@@ -1,0 +1,78 @@
+"""The plan made before a model is loaded: refuse what cannot fit, warn of what may not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+
+from llama import env
+from llama.checkpoint.activations import Workload
+from llama.checkpoint.memory import Memory, joined_memory, machine_memory, own_pool
+from llama.checkpoint.plan import LASTING, Plan, Planner, Setting, change, show_bytes
+from llama.config import ModelArgs
+from llama.console import is_speaker, notice
+from llama.errors import LlamaError
+from llama.parallel import groups
+
+
+def check_fit(
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_ranks: int,
+    tensor_split: str | Sequence[float] | None,
+    limits: Workload,
+    expected: Workload | None = None,
+) -> None:
+    """Whether the model fits into the memory of all processes; every process makes this call.
+
+    Args:
+        args, device, dtype, n_ranks, tensor_split: of the run.
+        limits: the most that may be run at a time.
+        expected: what is going to be run, where that is known. The cache is made for the request, so
+            without it only a cache for one prompt is sure to be needed.
+
+    Raises:
+        LlamaError: when weights and cache alone exceed the memory, naming what would fit.
+    """
+    memory = joined_memory(
+        [tuple(json.loads(text)) for text in groups.exchange(json.dumps(own_pool(device)))],
+        copies=env.world_size() // n_ranks,
+    )
+    if tensor_split is not None and not isinstance(tensor_split, str):
+        tensor_split = ",".join(map(str, tensor_split))
+    planner = Planner(args, device.type, memory)
+    needed = planner.plan(Setting(n_ranks, expected or Workload(1, limits.length), dtype, tensor_split))
+    if not needed.fits(LASTING):
+        planner = Planner(args, device.type, _all_memory(device, memory))
+        raise LlamaError(f"{_too_much(needed, LASTING)}{_advice(planner, needed)}; --no_plan skips this check")
+    full = planner.plan(Setting(n_ranks, expected or limits, dtype, tensor_split))
+    if not full.fits():
+        notice(f"memory may run out: {_too_much(full, None)}{_advice(planner, full)}")
+
+
+def _all_memory(device: torch.device, memory: Memory) -> Memory:
+    """The memory of this run, or of all cards where this machine has some to spare; asking them takes a while."""
+    alone = is_speaker() and env.world_size() == env.local_world_size()
+    spare = device.type == "cuda" and torch.cuda.device_count() > len(memory.sizes)
+    return machine_memory(device) if alone and spare else memory
+
+
+def _too_much(plan: Plan, names: Sequence[str] | None) -> str:
+    pool = plan.worst(names)
+    needs = [item for item in plan.ranks[pool.ranks[0]].items if names is None or item.name in names]
+    who = f"rank {pool.ranks[0]} needs" if len(pool.ranks) == 1 else f"each of {len(pool.ranks)} ranks needs about"
+    what = ", ".join(f"{show_bytes(item.nbytes)} for {item.name}" for item in needs)
+    work = plan.setting.work
+    prompts = "1 prompt" if work.n_prompts == 1 else f"{work.n_prompts} prompts"
+    shared = " between them" if len(pool.ranks) > 1 else ""
+    return f"{who} {what} ({prompts} of {work.length} tokens), but {show_bytes(pool.nbytes)} are there{shared}"
+
+
+def _advice(planner: Planner, plan: Plan) -> str:
+    ways = [change(setting, plan.setting) for setting in planner.advise(plan.setting)]
+    if not ways:
+        return "; nothing smaller would fit here: use more or larger cards or machines"
+    return f"; what fits: {', or '.join(ways)}"

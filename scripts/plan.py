@@ -1,0 +1,120 @@
+"""Will it fit? What each rank needs beside what is there: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
+
+python scripts/plan.py --model llama-2-70b --nproc 4 --dtype fp16 --memory 8GB,8GB,24GB,24GB
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llama.checkpoint.activations import Workload
+from llama.checkpoint.memory import given_memory, machine_memory
+from llama.checkpoint.plan import NAMES, Plan, Planner, Setting, change, command, show_bytes, table
+from llama.checkpoint.source import open_checkpoint
+from llama.cli import run
+from llama.config import ModelArgs
+from llama.device import DTYPES, choose_device, choose_dtype
+from llama.errors import LlamaError
+from llama.geometries import geometry
+
+
+def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, str]:
+    """The geometry, the dtype of its files (Meta's, for a name alone) and its name, reading only headers.
+
+    Raises:
+        LlamaError: unless one of the two is given.
+    """
+    if (ckpt_dir is None) == (model is None):
+        raise LlamaError("give either --ckpt_dir or --model, such as --model llama-2-7b")
+    if model is not None:
+        return geometry(model), torch.bfloat16, model
+    checkpoint = open_checkpoint(str(ckpt_dir))
+    return checkpoint.args, checkpoint.dtype, str(ckpt_dir)
+
+
+def planned_device(device: str, is_given: bool) -> torch.device:
+    """The device; a card need not be here when its memory is given."""
+    if device == "cuda" and is_given and not torch.cuda.is_available():
+        return torch.device("cuda")
+    return choose_device(device)
+
+
+def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_params: int) -> torch.dtype:
+    """As a run would choose it; a card that is not here may have either 16-bit type, of the same size."""
+    if dtype == "auto" and device.type == "cuda" and not torch.cuda.is_available():
+        return DTYPES["fp16"]
+    return choose_dtype(dtype, device, stored, n_params)
+
+
+def count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
+
+
+def heading(plan: Plan, name: str, args: ModelArgs) -> str:
+    setting, work = plan.setting, plan.setting.work
+    ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
+    split = f" split {setting.tensor_split}" if setting.tensor_split else ""
+    prompts = "1 prompt" if work.n_prompts == 1 else f"{work.n_prompts} prompts"
+    return (
+        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]} on {ranks}{split}, "
+        f"{prompts} of {work.length} tokens at a time"
+    )
+
+
+def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str) -> str:
+    """What would fit, as commands."""
+    settings = planner.advise(plan.setting)
+    if not settings:
+        return (
+            f"does not fit: {show_bytes(plan.excess(plan.worst()))} are lacking on {plan.worst().name}, "
+            "and neither more ranks, another split, a smaller batch nor a shorter length would mend it"
+        )
+    lines = ["does not fit; these would:"]
+    for setting in settings:
+        lines.append(f"  {change(setting, plan.setting)}:")
+        wanted = dtype if setting.dtype == plan.setting.dtype else NAMES[setting.dtype]
+        lines.append(f"    {command(setting, ckpt_dir, wanted, device)}")
+    return "\n".join(lines)
+
+
+def main(
+    ckpt_dir: str | None = None,
+    model: str | None = None,
+    nproc: int = 1,
+    max_seq_len: int = 512,
+    max_batch_size: int = 32,
+    dtype: str = "auto",
+    memory: str | None = None,
+    tensor_split: str | None = None,
+    device: str = "auto",
+) -> None:
+    """Say whether a model fits, before anything is loaded, and if not what would.
+
+    Args:
+        ckpt_dir: folder of the weights; only headers are read.
+        model: a published model in place of files, such as llama-2-70b.
+        nproc: ranks that share the model.
+        max_seq_len: tokens of prompt and completion together, at most.
+        max_batch_size: prompts that run at a time, at most.
+        dtype: auto, fp32, bf16 or fp16.
+        memory: what each rank has, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
+            cards or the main memory of this machine are asked.
+        tensor_split: weights of the ranks, such as 3,1.
+        device: auto, cpu or cuda; with memory given, cuda needs no card here.
+    """
+    for name, value in {"nproc": nproc, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}.items():
+        if value < 1:
+            raise LlamaError(f"{name} must be a whole number above 0, is {value}")
+    where = planned_device(device, memory is not None)
+    there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
+    args, stored, name = described(ckpt_dir, model)
+    chosen = planned_dtype(dtype, where, stored, args.n_unique_params)
+    planner = Planner(args, where.type, there)
+    plan = planner.plan(Setting(nproc, Workload(max_batch_size, max_seq_len), chosen, tensor_split))
+    print(heading(plan, name, args))
+    print(table(plan))
+    print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", dtype, device))
+
+
+if __name__ == "__main__":
+    run(main)
