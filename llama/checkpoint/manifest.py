@@ -80,9 +80,7 @@ def _verify_file(path: Path, expected: Digests, progress: Callable[[int], object
         different = [key for key in found if found[key] != entry.get(key)]
         if different:
             key = different[0]
-            raise CheckpointError(
-                f"{path}: {name} differs in {key}: {found[key]} where the manifest has {entry.get(key)}"
-            )
+            raise CheckpointError(f"{path}: {name} differs in {key}: {found[key]} where the manifest has {entry.get(key)}")
     return len(expected)
 
 

@@ -19,7 +19,7 @@ from llama.download import checklist
 from llama.download.checklist import Progress
 from llama.download.disk import check_space
 from llama.download.models import Published
-from llama.download.transfer import PARTIAL, Address, Fetcher, Patience
+from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience
 from llama.errors import CheckpointError, DownloadError
 
 LIST, TOKENIZER_LIST = checklist.NAMES
@@ -81,7 +81,7 @@ class _Item:
     md5: str | None
 
 
-def download(link: Link, model: Published, folder: Path, patience: Patience = Patience()) -> None:
+def download(link: Link, model: Published, folder: Path, patience: Patience = PATIENT) -> None:
     """Fetch a model in Meta's layout, checked against Meta's checklists; continue what an earlier run began.
 
     Args:

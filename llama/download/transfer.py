@@ -23,6 +23,8 @@ from llama.download.checklist import BLOCK_BYTES, Progress
 from llama.errors import DownloadError
 
 PARTIAL = ".partial"
+# What is lost at most when a connection breaks off: a block is handed on when it is complete.
+NET_BYTES = 1 << 16
 # Lists and the like, which are kept in memory.
 MAX_TEXT_BYTES = 1 << 20
 # A try that brought this much does not count as a failure: a long file may well break off often.
@@ -55,6 +57,9 @@ class Patience:
     timeout: float = 30.0
 
 
+PATIENT = Patience()
+
+
 @dataclass(frozen=True)
 class Address:
     """A file on a server: its name, for people, and its URL, which is a secret."""
@@ -85,7 +90,7 @@ class Fetcher:
         patience: how long to try.
     """
 
-    def __init__(self, patience: Patience = Patience()) -> None:
+    def __init__(self, patience: Patience = PATIENT) -> None:
         self.patience = patience
         self._session = requests.Session()
         # Sizes are only comparable when nothing is compressed on the way.
@@ -101,7 +106,7 @@ class Fetcher:
         def read() -> bytes:
             with self._get(address) as response:
                 content = b""
-                for block in response.iter_content(BLOCK_BYTES):
+                for block in response.iter_content(NET_BYTES):
                     content += block
                     if len(content) > MAX_TEXT_BYTES:
                         raise DownloadError(f"{address.name} is larger than such a list can be")
@@ -184,7 +189,7 @@ class Fetcher:
         """One request for all that is missing."""
         with self._get(address, f"bytes={part.length}-" if part.length else None) as response:
             end, total = _announced(response, part, size)
-            for block in response.iter_content(BLOCK_BYTES):
+            for block in response.iter_content(NET_BYTES):
                 if end is not None and part.length + len(block) > end:
                     raise _LieError("the server sent more than it announced")
                 part.write(block)
