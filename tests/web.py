@@ -7,7 +7,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -15,7 +16,6 @@ from urllib.parse import unquote, urlsplit
 
 PROBE = "bytes=0-0"
 COMMIT = "c" * 40
-ATTEMPTED = "X-Error-Code"
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if path in self.web.statuses:
             return self.answer(*self.web.statuses[path])
         if path not in self.web.files:
-            return self.answer(404, {ATTEMPTED: "EntryNotFound"})
+            return self.answer(404, {"X-Error-Code": "EntryNotFound"})
         faults = self.web.faults.get(path)
         if faults and span != PROBE and self.command == "GET":
             return faults.pop(0)(self, self.web.files[path], span)
@@ -101,13 +101,24 @@ class Handler(BaseHTTPRequestHandler):
 Fault = Callable[[Handler, bytes, str | None], None]
 
 
-def start(web: Web) -> ThreadingHTTPServer:
-    """Serve `web` on a free port until `shutdown`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"web": web}))
-    server.daemon_threads = True
+class Server(ThreadingHTTPServer):
+    """Clients that hang up are part of the play."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(web: Web) -> Iterator[Web]:
+    """A server for as long as the block lasts."""
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"web": web}))
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     web.url = f"http://127.0.0.1:{server.server_port}"
-    return server
+    yield web
+    server.shutdown()
+    server.server_close()
 
 
 # -- misbehaviour ----------------------------------------------------------------------------------

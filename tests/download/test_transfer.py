@@ -19,11 +19,8 @@ QUICK = Patience(tries=3, pause=0.01, longest_pause=0.02, timeout=0.5)
 
 @pytest.fixture
 def web() -> Iterator[Web]:
-    web = Web({PATH: BODY})
-    server = internet.start(web)
-    yield web
-    server.shutdown()
-    server.server_close()
+    with internet.serving(Web({PATH: BODY})) as web:
+        yield web
 
 
 @pytest.fixture
