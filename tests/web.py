@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     web: Web
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         parts = urlsplit(self.path)
         path, span = unquote(parts.path), self.headers.get("Range")
         self.web.asked.append(Asked(self.command, path, parts.query, span))
@@ -172,6 +172,12 @@ def stall(seconds: float) -> Fault:
         handler.hang_up()
 
     return fault
+
+
+def trickle(handler: Handler, body: bytes, _: str | None) -> None:
+    """Half of the file at once, and the rest never."""
+    handler.answer(200, {"Content-Length": str(len(body))}, body[: len(body) // 2])
+    time.sleep(30)
 
 
 # -- a hub -----------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from llama.download.checklist import BLOCK_BYTES, Progress
 from llama.download.disk import check_space
 from llama.errors import DownloadError
 
+# Where licences are accepted, also by those who download from a mirror.
+HOME = "https://huggingface.co"
 ORIGINAL = "original"
 # Files under way at once: an interrupted one starts anew, so they are few.
 WORKERS = 4
@@ -190,9 +192,9 @@ def _explain(repo: str, error: BaseException) -> str:
     status = next((found.response.status_code for found in causes if isinstance(found, errors.HfHubHTTPError)), None)
     login = "log in with 'hf auth login', or set HF_TOKEN"
     if status == 403:
-        return f"403: the licence of {repo} is not accepted: open {_page(repo)}, accept it, then {login}"
+        return f"403: the licence of {repo} is not accepted: open {HOME}/{repo}, accept it, then {login}"
     if errors.GatedRepoError in by_kind:
-        return f"401: {repo} is gated and there is no valid token: open {_page(repo)}, accept its licence, then {login}"
+        return f"401: {repo} is gated and there is no valid token: open {HOME}/{repo}, accept its licence, then {login}"
     if status == 401:
         return f"401: no such repository as {repo}, or no valid token for it: check the name, then {login}"
     if status == 404 or errors.RepositoryNotFoundError in by_kind:

@@ -278,6 +278,8 @@ def _announced(response: requests.Response, part: _Partial, size: int | None) ->
 
     A partial file whose range was ignored is emptied: the answer is the whole file.
     """
+    end: int | None
+    total: int | None
     if response.status_code == 416:
         raise _LieError("the file is shorter on the server than what is here")
     if response.status_code == 206:

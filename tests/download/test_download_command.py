@@ -3,6 +3,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import web as internet
 from web import Web
 
 from llama.download import __main__ as command
-from llama.download import hub, presigned
+from llama.download import hub, models, presigned
 from llama.errors import UsageError
 
+COMMAND = [sys.executable, "-m", "llama.download"]
+PARAMS = "params.json"
 SIGNED = "http://127.0.0.1:9/*?Signature=hush"
 
 
@@ -114,9 +117,33 @@ def test_a_gated_repository_is_one_line_and_code_2(tmp_path: Path) -> None:
             HF_ENDPOINT=web.url, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "home"),
         )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: 403: the licence of {repo} is not accepted: open")
+    page = f"https://huggingface.co/{repo}"
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"error: 403: the licence of {repo} is not accepted: open {page}, accept it")
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "1b").glob("*.*[ns]"))
+    assert [path.name for path in (tmp_path / "1b").glob("*")] in ([], [".cache"])
+
+
+def test_a_killed_download_looks_unfinished_and_is_continued(tmp_path: Path) -> None:
+    shard, params = b"weights!" * 30_000, b"{}"
+    sums = [(hashlib.md5(body).hexdigest(), name) for body, name in ((shard, "consolidated.00.pth"), (params, PARAMS))]
+    files = {"consolidated.00.pth": shard, PARAMS: params, "tokenizer.model": b"bpe"}
+    files["checklist.chk"] = "".join(f"{md5}  {name}\n" for md5, name in sums).encode()
+    path = "/8b_pre_trained/consolidated.00.pth"
+    with internet.serving(Web({f"/8b_pre_trained/{name}": body for name, body in files.items()})) as web:
+        web.faults[path] = [internet.trickle]
+        words = ["--url", f"{web.url}/*?Signature=hush", "--model", "llama-3-8b", "--output_dir", str(tmp_path)]
+        partial = tmp_path / "consolidated.00.pth.partial"
+        with subprocess.Popen([*COMMAND, *words], stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
+                time.sleep(0.05)
+            process.kill()
+        assert 0 < partial.stat().st_size < len(shard)
+        assert {file.name for file in tmp_path.iterdir()} == {"checklist.chk", "tokenizer.model", partial.name}
+        presigned.download(presigned.Link.parse(words[1]), models.find("llama-3-8b"), tmp_path)
+        assert web.spans(path)[1].startswith("bytes=")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
 def test_an_expired_link_is_one_line_and_code_2_and_stays_secret(tmp_path: Path) -> None:

@@ -73,6 +73,16 @@ def test_a_second_run_fetches_only_what_is_missing(web: Web, folder: Path) -> No
     assert {asked.path.split("/")[-1] for asked in web.asked if "/resolve/" in asked.path} == {"config.json"}
 
 
+def test_what_breaks_off_is_continued(web: Web, folder: Path) -> None:
+    weights = b"weights!" * 30_000
+    internet.publish(web, REPO, {"model.safetensors": weights})
+    path = f"/{REPO}/resolve/{COMMIT}/model.safetensors"
+    web.faults[path] = [internet.break_off(100_000)]
+    hub.download(REPO, folder)
+    assert files(folder) == {"model.safetensors": weights}
+    assert len(web.spans(path)) > 2  # with the question for its size
+
+
 def test_the_token_is_sent(web: Web, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = []
     answer = internet.Handler.answer
