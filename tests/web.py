@@ -174,6 +174,19 @@ def stall(seconds: float) -> Fault:
     return fault
 
 
+def unannounced(content: bytes) -> Fault:
+    """Something of a length that is not told: it ends when the connection does."""
+
+    def fault(handler: Handler, _body: bytes, _span: str | None) -> None:
+        handler.send_response(200)
+        handler.send_header("Connection", "close")
+        handler.end_headers()
+        handler.wfile.write(content)
+        handler.hang_up()
+
+    return fault
+
+
 def trickle(handler: Handler, body: bytes, _: str | None) -> None:
     """Half of the file at once, and the rest never."""
     handler.answer(200, {"Content-Length": str(len(body))}, body[: len(body) // 2])

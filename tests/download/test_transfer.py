@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import web as internet
-from web import Web, break_off, ignore_range, lie, stall, status
+from web import Web, break_off, ignore_range, lie, stall, status, unannounced
 
 from llama.download import transfer
 from llama.download.transfer import Address, Fetcher, Patience
@@ -90,7 +90,9 @@ def test_a_server_without_ranges_is_asked_for_the_whole(web: Web, target: Path) 
     "fault",
     [
         lie(content_range=f"bytes 0-{len(BODY) - 1}/{len(BODY)}"),  # of another part than was asked for
+        lie(content_range=f"bytes 2000-{len(BODY) - 1}/{len(BODY)}", body=BODY[2000:]),
         lie(content_range=f"bytes 1000-{len(BODY) - 1}/{len(BODY)}"),  # with more bytes than that has
+        lie(content_range=f"bytes 1000-{len(BODY) - 1}/{len(BODY)}", body=BODY[1000:2000]),  # with fewer
         lie(content_range="bytes 1000-1000000/5"),
         lie(content_range="pages 1-2"),
         lie(content_range=f"bytes 1000-{len(BODY) + 9}/{len(BODY) + 10}", body=BODY[1000:] + b"x" * 10),
@@ -103,6 +105,21 @@ def test_a_lie_about_a_range_costs_only_a_fresh_start(web: Web, target: Path, fa
     fetch(web, target)
     assert target.read_bytes() == BODY
     assert web.spans(PATH) == ["bytes=1000-", None]
+
+
+def test_a_server_may_send_a_range_in_pieces(web: Web, target: Path) -> None:
+    partial(target).write_bytes(BODY[:1000])
+    web.faults[PATH] = [lie(content_range=f"bytes 1000-1999/{len(BODY)}", body=BODY[1000:2000])]
+    fetch(web, target, md5=None)
+    assert target.read_bytes() == BODY
+    assert web.spans(PATH) == ["bytes=1000-", "bytes=2000-"]
+
+
+def test_a_length_that_is_not_told_is_the_one_known(web: Web, target: Path) -> None:
+    web.faults[PATH] = [unannounced(BODY + b"x" * transfer.NET_BYTES), unannounced(BODY[:70_000]), unannounced(BODY)]
+    fetch(web, target, md5=None)
+    assert target.read_bytes() == BODY
+    assert web.spans(PATH) == [None, None, "bytes=70000-"]
 
 
 def test_a_range_of_wrong_bytes_is_found_out_and_fetched_anew(web: Web, target: Path) -> None:
