@@ -35,3 +35,7 @@ class DeviceError(LlamaError):
 
 class RankLostError(LlamaError):
     """Another rank went away in the middle of the work."""
+
+
+class DownloadError(LlamaError):
+    """What could not be downloaded: refused, broken off too often, or not what was announced."""

@@ -27,6 +27,7 @@ ALLOWED = {
     "chat": TEXT,
     "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},
     "cli": BASE | {"parallel"},
+    "download": {"errors", "config", "cli"},
 }
 
 
@@ -81,7 +82,7 @@ def test_datasets_is_hugging_faces_package(root: Path) -> None:
 
 
 def test_importing_llama_pulls_in_no_heavy_package(root: Path) -> None:
-    heavy = "{'transformers', 'peft', 'datasets', 'fairscale', 'sympy', 'matplotlib'}"
+    heavy = "{'transformers', 'peft', 'datasets', 'fairscale', 'sympy', 'matplotlib', 'huggingface_hub'}"
     assert in_fresh_python(root, f"import sys, llama; print({heavy} & set(sys.modules) or 'none')") == "none"
 
 
