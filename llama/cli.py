@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
+import itertools
 import sys
 import traceback
 import typing
@@ -32,15 +33,21 @@ HELP = ("--help", "-h")
 Parser = Callable[[str], Any]
 
 
-def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
+def run(main: Callable[..., None], argv: Sequence[str] | None = None, **commands: Callable[..., None]) -> None:
     """Run `main` with the flags of the command line; leave with code 2 and one line on a user's mistake.
 
     Args:
         main: a typed function, each parameter a flag of its name; its docstring is the help.
         argv: the flags; None for those of this process.
+        commands: other functions by the word that asks for them, as in `split_model.py verify DIR`; the words
+            that follow it are their parameters in order.
     """
     try:
-        _run(main, sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        if words and words[0] in commands:
+            main, words = commands[words[0]], words[1:]
+            words = name_words(main, words)
+        _run(main, words)
     except (Exception, KeyboardInterrupt) as error:
         _give_up(error)
 
@@ -59,6 +66,16 @@ def _run(main: Callable[..., None], argv: Sequence[str]) -> None:
         return
     fire.Fire(SetParseFns(**parsers)(main), command=command)
     groups.stop()
+
+
+def name_words(main: Callable[..., None], words: Sequence[str]) -> list[str]:
+    """Leading words that are no flags, as flags: the first is `main`'s first parameter, and so on."""
+    parameters = list(inspect.signature(main).parameters)
+    named = [
+        f"--{name}={word}"
+        for name, word in zip(parameters, itertools.takewhile(lambda w: not w.startswith("-"), words), strict=False)
+    ]
+    return [*named, *words[len(named) :]]
 
 
 def _give_up(error: BaseException) -> NoReturn:

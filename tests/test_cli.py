@@ -242,3 +242,11 @@ def test_a_file_that_the_system_refuses_is_a_users_error() -> None:
         raise ConnectionError("no file")
     with pytest.raises(CheckpointError, match="as it was"), groups.phase("any"):
         raise CheckpointError("as it was")
+
+
+def test_words_after_a_command_are_its_parameters_in_order() -> None:
+    def verify(folder: str, deep: bool = False) -> None: ...
+
+    assert cli.name_words(verify, ["a b", "--deep"]) == ["--folder=a b", "--deep"]
+    assert cli.name_words(verify, ["--folder", "x"]) == ["--folder", "x"]
+    assert cli.name_words(verify, ["a", "True", "c"]) == ["--folder=a", "--deep=True", "c"]
