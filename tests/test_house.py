@@ -22,7 +22,8 @@ ALLOWED = {
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},
     "model": MODEL,
-    "checkpoint": MODEL | {"model"},
+    # Text only for the export to GGUF, which carries the tokenizer and the chat template along.
+    "checkpoint": MODEL | {"model", "tokenizer", "chat"},
     "tokenizer": {"errors"},
     "chat": TEXT,
     "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},

@@ -6,6 +6,7 @@ cuts; `dim` and `head` are never cut by us (Meta's Llama 1 and 2 files cut the e
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ class Row:
     Args:
         meta: Meta's name, which is also ours.
         hf: Hugging Face's name.
+        gguf: llama.cpp's name; rows are Meta's there, not permuted.
         axes: what runs along each dimension.
         permuted: whether Hugging Face stores the rows of each head with the two halves of every
             RoPE pair apart ("rotate half"), where Meta has them side by side.
@@ -29,27 +31,28 @@ class Row:
 
     meta: str
     hf: str
+    gguf: str
     axes: tuple[str, ...]
     permuted: bool = False
 
 
 TOP = (
-    Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "dim")),
-    Row("norm.weight", "model.norm.weight", ("dim",)),
-    Row("output.weight", "lm_head.weight", ("vocab", "dim")),
+    Row("tok_embeddings.weight", "model.embed_tokens.weight", "token_embd.weight", ("vocab", "dim")),
+    Row("norm.weight", "model.norm.weight", "output_norm.weight", ("dim",)),
+    Row("output.weight", "lm_head.weight", "output.weight", ("vocab", "dim")),
 )
 BLOCK = tuple(
-    Row(f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", axes, permuted)
-    for meta, hf, axes, permuted in (
-        ("attention.wq", "self_attn.q_proj", ("q", "dim"), True),
-        ("attention.wk", "self_attn.k_proj", ("kv", "dim"), True),
-        ("attention.wv", "self_attn.v_proj", ("kv", "dim"), False),
-        ("attention.wo", "self_attn.o_proj", ("dim", "q"), False),
-        ("feed_forward.w1", "mlp.gate_proj", ("ffn", "dim"), False),
-        ("feed_forward.w2", "mlp.down_proj", ("dim", "ffn"), False),
-        ("feed_forward.w3", "mlp.up_proj", ("ffn", "dim"), False),
-        ("attention_norm", "input_layernorm", ("dim",), False),
-        ("ffn_norm", "post_attention_layernorm", ("dim",), False),
+    Row(f"layers.{{}}.{meta}.weight", f"model.layers.{{}}.{hf}.weight", f"blk.{{}}.{gguf}.weight", axes, permuted)
+    for meta, hf, gguf, axes, permuted in (
+        ("attention.wq", "self_attn.q_proj", "attn_q", ("q", "dim"), True),
+        ("attention.wk", "self_attn.k_proj", "attn_k", ("kv", "dim"), True),
+        ("attention.wv", "self_attn.v_proj", "attn_v", ("kv", "dim"), False),
+        ("attention.wo", "self_attn.o_proj", "attn_output", ("dim", "q"), False),
+        ("feed_forward.w1", "mlp.gate_proj", "ffn_gate", ("ffn", "dim"), False),
+        ("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "ffn"), False),
+        ("feed_forward.w3", "mlp.up_proj", "ffn_up", ("ffn", "dim"), False),
+        ("attention_norm", "input_layernorm", "attn_norm", ("dim",), False),
+        ("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), False),
     )
 )
 # Tables that are computed, not learnt, and that some files carry along.
@@ -62,6 +65,7 @@ class Spec:
 
     name: str
     hf_name: str
+    gguf_name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     permuted: bool
@@ -96,17 +100,18 @@ def specs(args: ModelArgs) -> dict[str, Spec]:
         "ffn": args.ffn_dim,
     }
     return {
-        name: Spec(name, hf, tuple(sizes[axis] for axis in row.axes), row.axes, row.permuted)
-        for row, name, hf in _named_rows(args.n_layers)
+        row.meta: Spec(row.meta, row.hf, row.gguf, tuple(sizes[axis] for axis in row.axes), row.axes, row.permuted)
+        for row in _named_rows(args.n_layers)
     }
 
 
-def _named_rows(n_layers: int) -> Iterator[tuple[Row, str, str]]:
-    for row in TOP:
-        yield row, row.meta, row.hf
+def _named_rows(n_layers: int) -> Iterator[Row]:
+    """The table's rows for a model, with the layers' numbers filled in."""
+    yield from TOP
     for layer in range(n_layers):
         for row in BLOCK:
-            yield row, row.meta.format(layer), row.hf.format(layer)
+            names = {world: getattr(row, world).format(layer) for world in ("meta", "hf", "gguf")}
+            yield dataclasses.replace(row, **names)
 
 
 def is_ignored(name: str) -> bool:
