@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from llama.checkpoint.gguf import export_gguf
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
-from llama.generation.llama import check_vocabulary, find_tokenizer
+from llama.generation.llama import find_tokenizer
 from llama.tokenizer import load_tokenizer
 
 POSITIONS = ("ckpt_dir", "output")
@@ -34,7 +34,6 @@ def main(
     """
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
-    check_vocabulary(tokenizer, checkpoint)
     file = export_gguf(checkpoint, tokenizer, output, type, chat_format, context_length, force)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, {type}) and {file.parent / 'Modelfile'}")
     print(f"run it: llama-cli -m {file}, or: ollama create NAME -f {file.parent / 'Modelfile'}")

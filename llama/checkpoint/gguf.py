@@ -337,13 +337,11 @@ def _padded(vocabulary: Vocabulary, n_rows: int) -> Vocabulary:
     """The vocabulary with one token for every row of the embedding.
 
     Raises:
-        TokenizerError: it has more tokens than there are rows.
+        TokenizerError: it has more tokens than there are rows, or less than half as many.
     """
     known = len(vocabulary.tokens)
-    if known > n_rows:
-        raise TokenizerError(
-            f"the tokenizer has {known} tokens but the model only {n_rows}: it belongs to another model"
-        )
+    if not known <= n_rows <= 2 * known:
+        raise TokenizerError(f"the tokenizer has {known} tokens, the model {n_rows}: it belongs to another model")
     filler = [f"[PAD{number}]" for number in range(known, n_rows)]
     return dataclasses.replace(
         vocabulary,

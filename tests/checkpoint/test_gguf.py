@@ -494,6 +494,10 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "is a folder" in refusal(folder, tmp_path)
     assert "no template" in refusal(folder, out, chat="alpaca")
     assert not out.parent.exists()
+    other = toy_spm(write_for(tmp_path / "other", 350))
+    assert "360 tokens, the model 350" in refusal(other, out)
+    other = toy_spm(write_for(tmp_path / "third", 721))
+    assert "360 tokens, the model 721" in refusal(other, out)
     quiet_export(folder, out)
     assert "--force" in refusal(folder, out)
     quiet_export(folder, out, force=True)
@@ -530,7 +534,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path, monkeypatch: p
     [({"model_type": "unigram"}, "no BPE"), ({"byte_fallback": False, "vocab_size": 70}, "0 byte tokens, not 256")],
 )
 def test_sentencepiece_models_that_llama_cpp_lacks(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    folder = toy_spm(write_for(tmp_path / "model", VOCAB), **{"vocab_size": 330, **options})
+    folder = toy_spm(write_for(tmp_path / "model", VOCAB), **{"vocab_size": 310, **options})
     assert message in refusal(folder, tmp_path / "x.gguf")
 
 
