@@ -288,6 +288,7 @@ def _rope_factors(args: ModelArgs) -> Tensor | None:
 
 
 def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context_length: int) -> None:
+    writer.add_type("model")
     writer.add_name(checkpoint.path.resolve().name)
     writer.add_context_length(context_length)
     writer.add_embedding_length(args.dim)

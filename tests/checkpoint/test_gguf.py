@@ -25,7 +25,6 @@ from llama.checkpoint.ollama import TEMPLATES
 from llama.checkpoint.source import open_checkpoint
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
-from llama.tokenizer.vocabulary import merges_of_ranks
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -213,7 +212,7 @@ def test_scaled_rope_is_needed(tmp_path: Path, open_gguf: Callable[..., Any], mo
 
 
 # Largest mean difference of log-probabilities, in nats; llama.cpp rounds the activations to the same type.
-TOLERANCES = {"f32": 1e-4, "f16": 0.01, "bf16": 0.08, "q8_0": 0.08, "q4_0": 1.0}
+TOLERANCES = {"f32": 1e-5, "f16": 0.003, "bf16": 0.05, "q8_0": 0.2, "q4_0": 1.0}
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -224,7 +223,6 @@ def test_every_type_is_close(tmp_path: Path, open_gguf: Callable[..., Any], name
     llama = Llama.build(folder, dtype="fp32", device="cpu", max_seq_len=256)
     tokens = [1, *(random.Random(1).randrange(3, VOCAB) for _ in range(200))]
     difference = (their_log_probs(model, tokens) - our_log_probs(llama, tokens)).abs().mean()
-    print(name, type_name, float(difference))
     assert difference < TOLERANCES[type_name]
 
 
@@ -237,7 +235,8 @@ def test_the_bundled_model(tmp_path: Path, open_gguf: Callable[..., Any], root: 
     prompts = [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts]
     tokens = llama.tokenizer.encode(" ".join(texts) * 3, bos=True, eos=False)
     expected = our_log_probs(llama, tokens).mean()
-    for type_name, tolerance in {"f32": 1e-4, "f16": 0.01, "bf16": 0.05, "q8_0": 0.05, "q4_0": 0.5}.items():
+    # Nats a token: what each type adds to the loss, or takes off it.
+    for type_name, tolerance in {"f32": 1e-5, "f16": 0.001, "bf16": 0.01, "q8_0": 0.02, "q4_0": 0.2}.items():
         model = open_gguf(quiet_export(folder, tmp_path / f"{type_name}.gguf", type_name))
         if type_name == "f32":
             ours, _ = llama.generate(prompts, max_gen_len=48, temperature=0)
@@ -293,6 +292,23 @@ def test_every_value_is_what_the_type_makes_of_it(
         difference = np.abs(values - expected_values(weight, stored).numpy())
         # A value halfway between two levels may fall to either, by the order of float32 operations.
         assert (difference > 1e-6).mean() < (0.002 if stored.startswith("Q") else 1e-9), gguf_name
+
+
+@pytest.mark.parametrize(("type_name", "number"), [("q8_0", 7), ("q4_0", 2)])
+@pytest.mark.parametrize("name", ["3.1", "3.2"])
+def test_blocks_are_those_of_llama_cpps_own_quantizer(tmp_path: Path, name: str, type_name: str, number: int) -> None:
+    """Bit for bit, at widths where its blocks of 6 bits, which need rows of 256, fall back to 8 as ours do."""
+    folder = write_model(tmp_path / "model", name)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = number, 1
+    whole = quiet_export(folder, tmp_path / "whole.gguf")
+    assert llama_cpp.llama_model_quantize(str(whole).encode(), str(tmp_path / "theirs.gguf").encode(), params) == 0
+    ours = {t.name: t for t in gguf.GGUFReader(quiet_export(folder, tmp_path / "ours.gguf", type_name)).tensors}
+    theirs = {t.name: t for t in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}
+    assert ours.keys() == theirs.keys()
+    for tensor, other in ((ours[tensor_name], theirs[tensor_name]) for tensor_name in ours):
+        assert tensor.tensor_type == other.tensor_type
+        assert np.array_equal(tensor.data, other.data)
 
 
 def test_rows_that_no_block_fits_stay_f16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,25 +376,44 @@ def as_hf(folder: Path) -> Path:
     return folder
 
 
-def llama3_hf(folder: Path) -> Path:
-    """A byte-level tokenizer.json as Meta's Llama 3 has on Hugging Face."""
+def byte_level(merges: list[tuple[str, str]], vocab: dict[str, int], special: Sequence[str]) -> str:
+    """A tokenizer.json with the settings of Meta's Llama 3 on Hugging Face."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Core
 
     from llama.tokenizer.bpe import SPLIT_PATTERN
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ"), ("1", "2"), ("12", "3"), ("Ġ", "d"), ("o", "g")]
-    vocab = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
     core = Core(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    return core.to_str()
+
+
+def llama3_hf(folder: Path) -> Path:
+    """A small byte-level tokenizer.json."""
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ċ", "Ċ"), ("1", "2"), ("12", "3"), ("Ġ", "d"), ("o", "g")]
+    vocab = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)])}
     names = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-    core.add_special_tokens([AddedToken(name, normalized=False) for name in names])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(core.to_str(), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(byte_level(merges, vocab, names), encoding="utf-8")
+    return folder
+
+
+def ranks_as_hf(folder: Path) -> Path:
+    """Replace tiktoken's ranks by the tokenizer.json that they amount to."""
+    from llama.tokenizer.bpe import SPECIAL_TOKENS
+
+    known = load_tokenizer(folder).vocabulary()
+    vocab = {token: number for number, token in enumerate(known.tokens[: -len(SPECIAL_TOKENS)])}
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in known.merges)]
+    (folder / "tokenizer.json").write_text(byte_level(merges, vocab, SPECIAL_TOKENS), encoding="utf-8")
+    (folder / "tokenizer.model").unlink()
     return folder
 
 
@@ -398,7 +433,7 @@ def test_a_toy_tokenizer_cuts_text_the_same(tmp_path: Path, open_gguf: Callable[
     assert_same_ids(tokenizer, open_gguf(quiet_export(folder, tmp_path / "out.gguf"), vocab_only=True))
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama2 as tokenizer.json", "llama3"])
+@pytest.mark.parametrize("name", ["llama2", "llama2 as tokenizer.json", "llama3", "llama3 as tokenizer.json"])
 def test_a_real_tokenizer_cuts_text_the_same(
     tmp_path: Path, open_gguf: Callable[..., Any], test_data: Path, name: str
 ) -> None:
@@ -406,7 +441,7 @@ def test_a_real_tokenizer_cuts_text_the_same(
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes((test_data / f"{name.split()[0]}_tokenizer.model").read_bytes())
     if name.endswith("json"):
-        as_hf(folder)
+        (as_hf if "llama2" in name else ranks_as_hf)(folder)
     tokenizer = load_tokenizer(folder)
     write_for(folder, tokenizer.n_words)
     model = open_gguf(quiet_export(folder, tmp_path / "out.gguf", "f16"), vocab_only=True)
@@ -416,18 +451,13 @@ def test_a_real_tokenizer_cuts_text_the_same(
         assert number not in model.tokenize(f"a{special}b".encode(), add_bos=False, special=False)
 
 
-def test_merges_act_as_the_ranks_whatever_the_cut() -> None:
-    ranks = {token: rank for rank, token in enumerate([b"a", b"b", b"c", b"ab", b"bc", b"abc"])}
-    assert merges_of_ranks(ranks) == ["a b", "b c", "a bc", "ab c"]
-
-
 DIALOGS: list[Dialog] = [
     [{"role": "user", "content": "the dog"}],
     [{"role": "system", "content": "Be  brief."}, {"role": "user", "content": "the dog"}],
     [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "the dog "},
-        {"role": "assistant", "content": " 12 </s> <|eot_id|>".replace("</s> <|eot_id|>", "and 123")},
+        {"role": "assistant", "content": " 12 and 123"},
         {"role": "user", "content": "once\n\nupon"},
         {"role": "assistant", "content": "a time"},
         {"role": "user", "content": "?"},
@@ -603,9 +633,8 @@ def test_killed_at_any_moment_it_leaves_no_gguf(tmp_path: Path) -> None:
             time.sleep(0.001)
         time.sleep(draw.random() * 0.2)
         process.send_signal(signal.SIGKILL)
-        killed = process.wait() == -signal.SIGKILL
-        assert not (killed and out.exists()) or not list(tmp_path.glob("*.partial"))
-        if out.exists():
-            read_tensors(out)
+        process.wait()
+        if out.exists():  # it had finished
+            assert len(read_tensors(out)) == 8 * 9 + 3
             out.unlink()
     assert run(folder, out, "--type", "q4_0").returncode == 0
