@@ -159,3 +159,36 @@ def sentencepiece_model(folder: Path, vocab_size: int = VOCAB) -> Path:
             model_type="bpe", byte_fallback=True, minloglevel=2, normalization_rule_name="identity",
         )  # fmt: skip
     return path
+
+
+def sp_twin(proto: bytes) -> Any:
+    """The tokenizer.json of a SentencePiece BPE model, built as Hugging Face's converter builds Llama's."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    sp = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
+    merges = []
+    for piece, rank in vocab.items():
+        if sp.is_byte(rank) or sp.is_control(rank) or sp.is_unknown(rank):
+            continue
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = sorted((vocab[a], vocab[b], a, b) for a, b in halves if a in vocab and b in vocab)
+        merges += [(rank, a, b) for _, _, a, b in known]
+    core = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[(a, b) for _, a, b in sorted(merges, key=lambda merge: merge[0])],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    # Hugging Face files add BOS by themselves; ours must not get it twice.
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return core

@@ -22,7 +22,8 @@ ALLOWED = {
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},
     "model": MODEL,
-    "checkpoint": MODEL | {"model", "geometries", "tokenizer"},
+    # Text only for what carries the tokenizer and the chat template along: conversion and export.
+    "checkpoint": MODEL | {"model", "geometries", "tokenizer", "chat"},
     "tokenizer": {"errors"},
     "chat": TEXT,
     "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},

@@ -22,6 +22,7 @@ class Row:
     Args:
         meta: Meta's name, which is also ours.
         hf: Hugging Face's name.
+        gguf: llama.cpp's name; rows are Meta's there, not permuted.
         axes: what runs along each dimension.
         permuted: whether Hugging Face stores the rows of each head with the two halves of every
             RoPE pair apart ("rotate half"), where Meta has them side by side. LLMs-from-scratch does too.
@@ -30,34 +31,43 @@ class Row:
 
     meta: str
     hf: str
+    gguf: str
     axes: tuple[str, ...]
     permuted: bool
     scratch: str
 
 
 TOP = (
-    Row("tok_embeddings.weight", "model.embed_tokens.weight", ("vocab", "dim"), False, "tok_emb.weight"),
-    Row("norm.weight", "model.norm.weight", ("dim",), False, "final_norm.weight"),
-    Row("output.weight", "lm_head.weight", ("vocab", "dim"), False, "out_head.weight"),
+    Row(
+        "tok_embeddings.weight",
+        "model.embed_tokens.weight",
+        "token_embd.weight",
+        ("vocab", "dim"),
+        False,
+        "tok_emb.weight",
+    ),
+    Row("norm.weight", "model.norm.weight", "output_norm.weight", ("dim",), False, "final_norm.weight"),
+    Row("output.weight", "lm_head.weight", "output.weight", ("vocab", "dim"), False, "out_head.weight"),
 )
 BLOCK = tuple(
     Row(
         f"layers.{{}}.{meta}.weight",
         f"model.layers.{{}}.{hf}.weight",
+        f"blk.{{}}.{gguf}.weight",
         axes,
         permuted,
         f"trf_blocks.{{}}.{scratch}.weight",
     )
-    for meta, hf, axes, permuted, scratch in (
-        ("attention.wq", "self_attn.q_proj", ("q", "dim"), True, "att.W_query"),
-        ("attention.wk", "self_attn.k_proj", ("kv", "dim"), True, "att.W_key"),
-        ("attention.wv", "self_attn.v_proj", ("kv", "dim"), False, "att.W_value"),
-        ("attention.wo", "self_attn.o_proj", ("dim", "q"), False, "att.out_proj"),
-        ("feed_forward.w1", "mlp.gate_proj", ("ffn", "dim"), False, "ff.fc1"),
-        ("feed_forward.w2", "mlp.down_proj", ("dim", "ffn"), False, "ff.fc3"),
-        ("feed_forward.w3", "mlp.up_proj", ("ffn", "dim"), False, "ff.fc2"),
-        ("attention_norm", "input_layernorm", ("dim",), False, "norm1"),
-        ("ffn_norm", "post_attention_layernorm", ("dim",), False, "norm2"),
+    for meta, hf, gguf, axes, permuted, scratch in (
+        ("attention.wq", "self_attn.q_proj", "attn_q", ("q", "dim"), True, "att.W_query"),
+        ("attention.wk", "self_attn.k_proj", "attn_k", ("kv", "dim"), True, "att.W_key"),
+        ("attention.wv", "self_attn.v_proj", "attn_v", ("kv", "dim"), False, "att.W_value"),
+        ("attention.wo", "self_attn.o_proj", "attn_output", ("dim", "q"), False, "att.out_proj"),
+        ("feed_forward.w1", "mlp.gate_proj", "ffn_gate", ("ffn", "dim"), False, "ff.fc1"),
+        ("feed_forward.w2", "mlp.down_proj", "ffn_down", ("dim", "ffn"), False, "ff.fc3"),
+        ("feed_forward.w3", "mlp.up_proj", "ffn_up", ("ffn", "dim"), False, "ff.fc2"),
+        ("attention_norm", "input_layernorm", "attn_norm", ("dim",), False, "norm1"),
+        ("ffn_norm", "post_attention_layernorm", "ffn_norm", ("dim",), False, "norm2"),
     )
 )
 # Tables that are computed, not learnt, and that some files carry along (older LLMs-from-scratch the last six).
@@ -71,6 +81,7 @@ class Spec:
 
     name: str
     hf_name: str
+    gguf_name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     permuted: bool
@@ -109,6 +120,7 @@ def specs(args: ModelArgs) -> dict[str, Spec]:
         row.meta.format(layer): Spec(
             row.meta.format(layer),
             row.hf.format(layer),
+            row.gguf.format(layer),
             tuple(sizes[axis] for axis in row.axes),
             row.axes,
             row.permuted,

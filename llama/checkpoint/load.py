@@ -36,7 +36,7 @@ def load_model(
     Raises:
         CheckpointError: when a file ends early.
     """
-    args = _settle_tie(checkpoint, partition, ranks.rank)
+    args = settle_tie(checkpoint, partition, ranks.rank)
     model = Transformer(args, partition, ranks, device=ranks.device, dtype=dtype)
     model.requires_grad_(False)
     parameters = dict(model.named_parameters())
@@ -50,7 +50,7 @@ def load_model(
     return model.eval()
 
 
-def _settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> ModelArgs:
+def settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> ModelArgs:
     """Whether the output layer shares the embedding's memory.
 
     Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in this

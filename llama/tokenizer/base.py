@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from llama.errors import TokenizerError
+from llama.tokenizer.vocabulary import Vocabulary
 
 SPACE_MARK = "▁"  # U+2581, SentencePiece's spelling of a blank
 
@@ -94,6 +95,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def text_stream(self) -> TextStream:
         """Return a new stream that decodes ids as they come."""
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """Return every token with what it is and how tokens merge, for a program with code of its own.
+
+        Raises:
+            TokenizerError: this tokenizer cuts text in a way that llama.cpp's kinds cannot express.
+        """
 
     @abstractmethod
     def _encode(self, text: str) -> list[int]:

@@ -14,6 +14,7 @@ import tiktoken
 
 from llama.errors import TokenizerError
 from llama.tokenizer.base import ByteStream, TextStream, Tokenizer
+from llama.tokenizer.vocabulary import Kind, Vocabulary, merges_of_ranks, spell
 
 SPLIT_PATTERN = "|".join(
     [
@@ -69,7 +70,7 @@ class TiktokenTokenizer(Tokenizer):
     kind = "tiktoken"
 
     def __init__(self, content: bytes, origin: str):
-        ranks = read_ranks(content, origin)
+        self._ranks = ranks = read_ranks(content, origin)
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._encoding = tiktoken.Encoding(
             name=origin,
@@ -87,6 +88,17 @@ class TiktokenTokenizer(Tokenizer):
         """See `Tokenizer.text_stream`."""
         token_bytes = self._encoding.decode_single_token_bytes
         return ByteStream(lambda token_id: token_bytes(self._checked(token_id)))
+
+    def vocabulary(self) -> Vocabulary:
+        """See `Tokenizer.vocabulary`."""
+        plain = [spell(token) for token in sorted(self._ranks, key=self._ranks.__getitem__)]
+        return Vocabulary(
+            family="bpe",
+            tokens=[*plain, *self.special_tokens],
+            kinds=[Kind.NORMAL] * len(plain) + [Kind.CONTROL] * len(self.special_tokens),
+            merges=merges_of_ranks(self._ranks),
+            pattern="llama3",
+        )
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -20,7 +20,7 @@ from llama.errors import TokenizerError
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.tokenizer.base import SPACE_MARK
 from llama.tokenizer.bpe import SPLIT_PATTERN, read_ranks
-from llama.tokenizer.hf import BYTE_ALPHABET
+from llama.tokenizer.vocabulary import BYTE_OF
 
 # Texts on which tokenizers that are nearly the same differ.
 PROBES = (
@@ -112,7 +112,7 @@ def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[
 
 
 def _from_ranks(ranks: Mapping[bytes, int], ours: Tokenizer) -> Core:
-    letters = {byte: letter for letter, byte in BYTE_ALPHABET.items()}
+    letters = {byte: letter for letter, byte in BYTE_OF.items()}
     vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     model = models.BPE(vocab=vocab, merges=_merges(vocab, vocab), fuse_unk=False)
     model.ignore_merges = True  # a word that is in the vocabulary is one token, however it came about

@@ -14,6 +14,7 @@ import tokenizers
 
 from llama.errors import TokenizerError
 from llama.tokenizer.base import ByteStream, Piece, PieceStream, TextStream, Tokenizer
+from llama.tokenizer.vocabulary import BYTE_OF, Vocabulary
 
 # Names to fall back on, by preference.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>")
@@ -72,6 +73,12 @@ class HfTokenizer(Tokenizer):
         if self._byte_level:
             return ByteStream(lambda token_id: self._bytes.get(self._checked(token_id), b""))
         return PieceStream(lambda token_id: self._pieces.get(self._checked(token_id)), self._strippable)
+
+    def vocabulary(self) -> Vocabulary:
+        """See `Tokenizer.vocabulary`."""
+        from llama.tokenizer.hf_vocabulary import vocabulary_of_json
+
+        return vocabulary_of_json(json.loads(self._core.to_str()), self._byte_level)
 
     def _encode(self, text: str) -> list[int]:
         return self._core.encode(text, add_special_tokens=False).ids
@@ -173,21 +180,11 @@ def _strips_blank(steps: dict[str, dict[str, Any]]) -> bool:
     return bool("Strip" in steps and steps["Strip"].get("start", 0) > 0)
 
 
-def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's spelling of bytes: printable Latin-1 as it is, the others from U+0100 on, in order."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_ALPHABET = _byte_alphabet()
-
-
 def _bytes_of(token: str, added: bool) -> bytes:
     """Return a byte-level token's bytes; added tokens are spelt in plain text."""
-    if added or any(character not in BYTE_ALPHABET for character in token):
+    if added or any(character not in BYTE_OF for character in token):
         return token.encode("utf-8")
-    return bytes(BYTE_ALPHABET[character] for character in token)
+    return bytes(BYTE_OF[character] for character in token)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

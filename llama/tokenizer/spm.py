@@ -4,6 +4,7 @@ import sentencepiece
 
 from llama.errors import TokenizerError
 from llama.tokenizer.base import SPACE_MARK, Piece, PieceStream, TextStream, Tokenizer
+from llama.tokenizer.vocabulary import Vocabulary, vocabulary_of_proto
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -39,6 +40,10 @@ class SentencePieceTokenizer(Tokenizer):
     def text_stream(self) -> TextStream:
         """See `Tokenizer.text_stream`."""
         return PieceStream(lambda token_id: self._pieces[self._checked(token_id)], self._strippable)
+
+    def vocabulary(self) -> Vocabulary:
+        """See `Tokenizer.vocabulary`."""
+        return vocabulary_of_proto(self._processor.serialized_model_proto(), self._processor.unk_id())
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text, out_type=int)

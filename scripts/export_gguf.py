@@ -1,0 +1,50 @@
+"""Export a checkpoint for llama.cpp: `python scripts/export_gguf.py CKPT OUT.gguf --type q8_0`."""
+
+import sys
+from collections.abc import Sequence
+
+from llama.checkpoint.gguf import export_gguf
+from llama.checkpoint.source import open_checkpoint
+from llama.cli import run
+from llama.generation.llama import find_tokenizer
+from llama.tokenizer import load_tokenizer
+
+POSITIONS = ("ckpt_dir", "output")
+
+
+def main(
+    ckpt_dir: str,
+    output: str,
+    type: str = "f16",
+    tokenizer_path: str | None = None,
+    chat_format: str = "auto",
+    context_length: int | None = None,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint and its tokenizer as one GGUF file, and an Ollama Modelfile beside it.
+
+    Args:
+        ckpt_dir: anything that example.py reads.
+        output: the file to write, such as model.gguf.
+        type: f32, f16, bf16, q8_0 or q4_0.
+        tokenizer_path: the tokenizer; by default beside the weights, or one folder up.
+        chat_format: template to carry along: auto, llama2, llama3 or none.
+        context_length: tokens that the model was made for; by default what its files tell.
+        force: replace a file that exists.
+    """
+    checkpoint = open_checkpoint(ckpt_dir)
+    tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
+    file = export_gguf(checkpoint, tokenizer, output, type, chat_format, context_length, force)
+    print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB, {type}) and {file.parent / 'Modelfile'}")
+    print(f"run it: llama-cli -m {file}, or: ollama create NAME -f {file.parent / 'Modelfile'}")
+
+
+def name_positions(argv: Sequence[str]) -> list[str]:
+    """The command line with its leading plain words written as flags: CKPT OUT is --ckpt_dir CKPT --output OUT."""
+    n_plain = next((number for number, word in enumerate(argv[:2]) if word.startswith("-")), len(argv[:2]))
+    flags = [f"--{name}={word}" for name, word in zip(POSITIONS, argv[:n_plain], strict=False)]
+    return [*flags, *argv[n_plain:]]
+
+
+if __name__ == "__main__":
+    run(main, name_positions(sys.argv[1:]))
