@@ -112,7 +112,7 @@ def open_gguf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     def open_one(path: Path, **options: Any) -> Any:
         settings = {"n_ctx": 256, "logits_all": True, "type_k": F32, "type_v": F32, "flash_attn": False}
         model = llama_cpp.Llama(
-            str(path), n_threads=2, n_threads_batch=2, n_gpu_layers=0, verbose=False, **{**settings, **options}
+            str(path), n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False, **{**settings, **options}
         )
         opened.append(model)
         return model
