@@ -318,8 +318,8 @@ was kept out of training, so that prompt tuning has something to teach.
 
 `python scripts/train_tiny.py` with the defaults: seed {seed}, {steps:,} steps of {batch_tokens:,} tokens, AdamW
 (peak learning rate {lr:g}, cosine), bf16 autocast; whole documents packed into sequences of {lengths}
-tokens. It took {minutes:.0f} minutes on {threads} CPU threads. The same seed gives the same text and an equally good model, not the
-same bits on another machine.
+tokens. It took {minutes:.0f} minutes on {threads} CPU threads. The same seed gives the same text and
+an equally good model, not the same bits on another machine.
 
 Licence: that of the repository, Apache-2.0.
 """
