@@ -20,7 +20,13 @@ from llama.parallel import groups
 RULE = "\n==================================\n"
 
 # The bundled model was trained for these; see ckpts/tiny/README.md.
-TINY_PROMPTS = ("Once upon a time", "3 + 4 =")
+TINY_PROMPTS = (
+    "Once upon a time",
+    "3 + 4 =",
+    "Q: What is 27 + 15?\nA:",
+    "Question: Sort these numbers: 42 7 63.\nAnswer:",
+    "The reverse of dog hat boat is",
+)
 # Open ends, lists and few-shot tasks for a model that has read more.
 PROMPTS = (
     "I believe the meaning of life is",

@@ -443,10 +443,16 @@ def _describe_build(
     where = "1 process" if size == 1 else f"{size} ranks"
     files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
     return (
-        f"loaded {checkpoint.path} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) in {seconds:.1f} s: "
+        f"loaded {_shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) in {seconds:.1f} s: "
         f"{where} on {ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
         f"{threads} thread{'' if threads == 1 else 's'} each"
     )
+
+
+def _shown(path: Path) -> Path:
+    """A path as a person would type it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _count(n: int) -> str:
