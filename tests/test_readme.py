@@ -12,8 +12,9 @@ import pytest
 from support import VOCAB, hf_model, sentencepiece_model, write_meta
 
 ROOT = Path(__file__).parent.parent
-# Run by whoever runs this test: `make test` itself, and the installation that it begins with.
-BY_OTHERS = ("make test", "pip install")
+# Run by whoever runs this test: `make test` itself, and the installation that it begins with; or against a server
+# of their own: tests/download.
+BY_OTHERS = ("make test", "pip install", "python -m llama.download")
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -30,7 +31,16 @@ def commands(readme: str) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The repository as a user has it, with checkpoints where the README puts them."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("example.py", "Makefile", "requirements.txt", "pyproject.toml", "setup.py", "llama", "scripts"):
+    for name in (
+        "example.py",
+        "split_model.py",
+        "Makefile",
+        "requirements.txt",
+        "pyproject.toml",
+        "setup.py",
+        "llama",
+        "scripts",
+    ):
         (folder / name).symlink_to(ROOT / name)
     if (ROOT / ".venv" / "installed").exists():
         (folder / ".venv").symlink_to(ROOT / ".venv")

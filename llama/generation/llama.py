@@ -443,7 +443,8 @@ def _describe_build(
     where = "1 process" if size == 1 else f"{size} ranks"
     files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
     return (
-        f"loaded {_shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) in {seconds:.1f} s: "
+        f"loaded {_shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) "
+        f"in {seconds:.1f} s: "
         f"{where} on {ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
         f"{threads} thread{'' if threads == 1 else 's'} each"
     )
