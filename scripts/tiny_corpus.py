@@ -4,7 +4,7 @@ Two kinds of documents. Short stories, which end properly, and families of small
 (`FAMILIES`), each asked in many surface forms (`FORMS`), so that a model learns the task and takes the form
 for a wrapper. Everything follows from a `random.Random` that the caller seeds.
 
-An item has keys, for example the two numbers of a sum. A key is held out when its hash says so
+An item has a key, for example the two numbers of a sum. A key is held out when its hash says so
 (`is_held_out`), whatever the seed; a held-out key never occurs in training, in no form and in no family
 that shares that kind of key. The Stanford Alpaca template is left out on purpose: it is the form which
 prompt tuning has to teach later.
@@ -14,7 +14,6 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 HELD_OUT_PERCENT = 8
 
@@ -48,7 +47,7 @@ class Item:
 
     Attributes:
         family: one of `FAMILIES`.
-        keys: what training and held-out items must not share: what is asked, then what else is mentioned.
+        key: what must not be shared between training and held-out items.
         question: the task as a person would put it.
         statement: a text that the answer completes.
         answer: the one right answer, without blanks around it.
@@ -56,7 +55,7 @@ class Item:
     """
 
     family: str
-    keys: tuple[str, ...]
+    key: str
     question: str
     statement: str
     answer: str
@@ -88,13 +87,12 @@ def _add(rng: random.Random) -> Item:
         (f"What is {a} + {b}?", f"Add {a} and {b}.", f"What is {a} plus {b}?", f"Calculate {a} + {b}.")
     )
     statement = rng.choice((f"{a} + {b} =", f"The sum of {a} and {b} is"))
-    return Item("add", (_pair_key(a, b),), question, statement, str(a + b))
+    return Item("add", _pair_key(a, b), question, statement, str(a + b))
 
 
 def _compare(rng: random.Random) -> Item:
     """The larger or the smaller of two different numbers from 0 to 99."""
-    a = rng.randrange(100)
-    b = (a + rng.randrange(1, 100)) % 100 if rng.random() < 0.8 else (a + rng.randrange(1, 10)) % 100
+    a, b = rng.sample(range(100), 2)
     larger = rng.random() < 0.5
     word = "larger" if larger else "smaller"
     question = rng.choice(
@@ -105,7 +103,7 @@ def _compare(rng: random.Random) -> Item:
         )
     )
     statement = rng.choice((f"The {word} one of {a} and {b} is", f"Of the numbers {a} and {b} the {word} is"))
-    return Item("compare", (_pair_key(a, b),), question, statement, str(max(a, b) if larger else min(a, b)))
+    return Item("compare", _pair_key(a, b), question, statement, str(max(a, b) if larger else min(a, b)))
 
 
 def _next(rng: random.Random) -> Item:
@@ -120,16 +118,15 @@ def _next(rng: random.Random) -> Item:
             f"Name the number {word} {given}.",
         )
     )
-    return Item("next", (f"neighbours {low}",), question, f"The number {word} {given} is", str(answer))
+    return Item("next", f"neighbours {low}", question, f"The number {word} {given} is", str(answer))
 
 
 def _recall(rng: random.Random) -> Item:
-    """What somebody has or where somebody is, read from two or three sentences."""
-    count = rng.randint(2, 3)
+    """A fact read from two to four sentences."""
+    count = rng.randint(2, 4)
     names = rng.sample(NAMES, count)
-    if rng.random() < 0.5:
-        colours, things = rng.sample(COLOURS, count), rng.sample(THINGS, count)
-        values = [f"a {colour} {thing}" for colour, thing in zip(colours, things, strict=True)]
+    if rng.random() < 0.6:
+        values = [f"a {c} {t}" for c, t in zip(rng.sample(COLOURS, count), rng.sample(THINGS, count), strict=True)]
         verb, ask = "has", "What does {} have?"
     else:
         values = [f"in the {place}" for place in rng.sample(PLACES, count)]
@@ -137,14 +134,15 @@ def _recall(rng: random.Random) -> Item:
     facts = [f"{name} {verb} {value}." for name, value in zip(names, values, strict=True)]
     context = " ".join(facts)
     i, j = rng.sample(range(count), 2)
-    return Item(
-        "recall",
-        (facts[i], *facts[:i], *facts[i + 1 :]),
-        f"{context} {ask.format(names[i])}",
-        f"{context} So {names[i]} {verb}",
-        values[i],
-        follow_up=("And " + ask[0].lower() + ask[1:].format(names[j]), values[j]),
-    )
+    key = "facts " + " ".join(sorted(facts))
+    if rng.random() < 0.7:
+        question, statement, answer = ask.format(names[i]), f"So {names[i]} {verb}", values[i]
+        follow_up = ("And " + ask[0].lower() + ask[1:].format(names[j]), values[j])
+    else:
+        value = values[i].replace("a ", "the ", 1) if verb == "has" else values[i]
+        question, statement, answer = f"Who {verb} {value}?", f"The one who {verb} {value} is", names[i]
+        follow_up = (ask.format(names[j]), values[j])
+    return Item("recall", key, f"{context} {question}", f"{context} {statement}", answer, follow_up)
 
 
 def _position(rng: random.Random) -> Item:
@@ -160,7 +158,7 @@ def _position(rng: random.Random) -> Item:
             f"Give the {place} word: {listed}.",
         )
     )
-    return Item("position", (_list_key(words),), question, f"In the list {listed} the {place} word is", answer)
+    return Item("position", _list_key(words), question, f"In the list {listed} the {place} word is", answer)
 
 
 def _copy(rng: random.Random) -> Item:
@@ -170,7 +168,7 @@ def _copy(rng: random.Random) -> Item:
     question = rng.choice(
         (f"Repeat this list: {listed}.", f"Say these words again: {listed}.", f"Copy these words: {listed}.")
     )
-    return Item("copy", (_list_key(words),), question, f"The words {listed} once more are", listed)
+    return Item("copy", _list_key(words), question, f"The words {listed} once more are", listed)
 
 
 def _reverse(rng: random.Random) -> Item:
@@ -185,7 +183,7 @@ def _reverse(rng: random.Random) -> Item:
         )
     )
     statement = f"The reverse of {listed} is"
-    return Item("reverse", (_list_key(words),), question, statement, " ".join(reversed(words)))
+    return Item("reverse", _list_key(words), question, statement, " ".join(reversed(words)))
 
 
 def _count(rng: random.Random) -> Item:
@@ -199,7 +197,7 @@ def _count(rng: random.Random) -> Item:
             f"How many words do you see here: {listed}?",
         )
     )
-    return Item("count", (_list_key(words),), question, f"The number of words in {listed} is", str(len(words)))
+    return Item("count", _list_key(words), question, f"The number of words in {listed} is", str(len(words)))
 
 
 def _pick(rng: random.Random) -> Item:
@@ -213,7 +211,7 @@ def _pick(rng: random.Random) -> Item:
     question = rng.choice(
         (f"Which of these is {kind}: {listed}?", f"Find {kind}: {listed}.", f"Which word is {kind}: {listed}?")
     )
-    return Item("pick", (_list_key(words),), question, f"Among {listed} the word that is {kind} is", answer)
+    return Item("pick", _list_key(words), question, f"Among {listed} the word that is {kind} is", answer)
 
 
 def _sort(rng: random.Random) -> Item:
@@ -228,7 +226,7 @@ def _sort(rng: random.Random) -> Item:
             f"What is {listed} in order from small to large?",
         )
     )
-    return Item("sort", (f"sorted {answer}",), question, f"The numbers {listed} in order are", answer)
+    return Item("sort", f"sorted {answer}", question, f"The numbers {listed} in order are", answer)
 
 
 _MAKERS: dict[str, Callable[[random.Random], Item]] = {
@@ -248,12 +246,17 @@ UNPROMISED = ("recall",)
 FAMILIES = tuple(family for family in _MAKERS if family not in UNPROMISED)
 # How often a family is drawn for training: the harder ones more often.
 _SHARES = {
-    "add": 5, "compare": 2, "next": 1, "recall": 5, "position": 2,
-    "copy": 1, "reverse": 3, "count": 2, "pick": 2, "sort": 4,
-}  # fmt: skip
-# Families that are mere reading: learned first, in hundreds of steps; in the whole mixture it takes thousands.
-_FIRST_SHARES = {"recall": 3, "position": 1, "copy": 1, "reverse": 1}
-FIRST_DOCUMENTS = 30_000
+    "add": 5,
+    "compare": 2,
+    "next": 2,
+    "recall": 3,
+    "position": 2,
+    "copy": 2,
+    "reverse": 3,
+    "count": 1,
+    "pick": 2,
+    "sort": 3,
+}
 
 
 def describe(family: str) -> str:
@@ -262,10 +265,10 @@ def describe(family: str) -> str:
 
 
 def make_item(family: str, rng: random.Random, *, held_out: bool) -> Item:
-    """Draw an item of `family`: what it asks is held out, or nothing in it is."""
+    """Draw an item of `family` from the training side or the held-out side."""
     while True:
         item = _MAKERS[family](rng)
-        if is_held_out(item.keys[0]) if held_out else not any(map(is_held_out, item.keys)):
+        if is_held_out(item.key) == held_out:
             return item
 
 
@@ -605,9 +608,9 @@ def _dialog(rng: random.Random) -> Document:
     return _chat(turns, system)
 
 
-def _exercise(rng: random.Random, shares: dict[str, int] = _SHARES) -> Document:
+def _exercise(rng: random.Random) -> Document:
     """One training item in one form."""
-    item = make_item(_draw(rng, shares), rng, held_out=False)
+    item = make_item(_draw(rng, _SHARES), rng, held_out=False)
     form = _draw(rng, _FORM_SHARES)
     blank = " " if form in _CHAT else ""
     return [Turn(render(item, form, rng), item.answer + blank)]
@@ -617,19 +620,12 @@ def _story_document(rng: random.Random) -> Document:
     return [Turn("", story(rng))]
 
 
-def mixed_documents(rng: random.Random) -> Iterator[Document]:
-    """Stories, exercises and dialogs without end."""
+def documents(seed: int) -> Iterator[Document]:
+    """Training documents without end: stories, exercises and dialogs."""
+    rng = random.Random(f"train {seed}")
     kinds = (_exercise, _dialog, _story_document)
     while True:
         yield rng.choices(kinds, weights=(78, 9, 13))[0](rng)
-
-
-def documents(seed: int) -> Iterator[Document]:
-    """Training documents without end: reading exercises first, then everything."""
-    rng = random.Random(f"train {seed}")
-    for _ in range(FIRST_DOCUMENTS):
-        yield _exercise(rng, _FIRST_SHARES)
-    yield from mixed_documents(rng)
 
 
 # ---------------------------------------------------------------------------------------------- tokenizer text
@@ -666,11 +662,12 @@ PRINTABLE = "".join(map(chr, range(33, 127)))
 
 def tokenizer_lines(seed: int, count: int = 20_000) -> Iterator[str]:
     """Lines of text for training the tokenizer: `count` documents, a tenth as many stories, and English."""
-    rng = random.Random(f"tokenizer {seed}")
-    for document in islice(mixed_documents(rng), count):
-        for turn in document:
+    source = documents(seed)
+    for _ in range(count):
+        for turn in next(source):
             text = f"{turn.prompt} {turn.completion}".strip()
             yield from (line for line in text.split("\n") if line)
+    rng = random.Random(f"tokenizer {seed}")
     yield from (story(rng) for _ in range(count // 10))
     for _ in range(count // 100):
         yield from _PROSE.strip().split("\n")
