@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,11 @@ def environment(**changes: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"} | changes
 
 
+def _heed_ctrl_c() -> None:
+    """In the child: a shell that runs tests in the background has its children ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """A running command; as a context it leaves no process behind.
 
@@ -74,7 +80,7 @@ class Command:
             [*launcher, str(script), *map(str, words)],
             **{
                 "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
-                "encoding": "utf-8", "env": environment(), "start_new_session": True, **options,
+                "encoding": "utf-8", "env": environment(), "start_new_session": True, "preexec_fn": _heed_ctrl_c, **options,
             },
         )  # fmt: skip
 

@@ -65,7 +65,7 @@ def _solve(item):
             return word
 
 
-@pytest.mark.parametrize("family", (*corpus.FAMILIES, *corpus.UNPROMISED))
+@pytest.mark.parametrize("family", [*corpus.FAMILIES, *corpus.UNPROMISED])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_answers_are_right(family, held_out):
     rng = random.Random(3)
