@@ -321,6 +321,9 @@ was kept out of training, so that prompt tuning has something to teach.
 tokens. It took {minutes:.0f} minutes on {threads} CPU threads. The same seed gives the same text and
 an equally good model, not the same bits on another machine.
 
+One more family stands in the corpus, reading a fact back from a few sentences. It is not promised: at the end of the
+committed run 48 % of 40 held-out items were right, no better than a lucky choice among the facts.
+
 Licence: that of the repository, Apache-2.0.
 """
 

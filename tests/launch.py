@@ -80,7 +80,8 @@ class Command:
             [*launcher, str(script), *map(str, words)],
             **{
                 "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True,
-                "encoding": "utf-8", "env": environment(), "start_new_session": True, "preexec_fn": _heed_ctrl_c, **options,
+                "encoding": "utf-8", "env": environment(), "start_new_session": True, "preexec_fn": _heed_ctrl_c,
+                **options,
             },
         )  # fmt: skip
 
