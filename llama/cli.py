@@ -68,9 +68,9 @@ def _run(main: Callable[..., None], argv: Sequence[str]) -> None:
     groups.stop()
 
 
-def name_words(main: Callable[..., None], words: Sequence[str]) -> list[str]:
-    """Leading words that are no flags, as flags: the first is `main`'s first parameter, and so on."""
-    parameters = list(inspect.signature(main).parameters)
+def name_words(main: Callable[..., None], words: Sequence[str], most: int | None = None) -> list[str]:
+    """Leading words that are no flags, `most` at most, as flags: the first is `main`'s first parameter, and so on."""
+    parameters = list(inspect.signature(main).parameters)[:most]
     named = [
         f"--{name}={word}"
         for name, word in zip(parameters, itertools.takewhile(lambda w: not w.startswith("-"), words), strict=False)

@@ -1,15 +1,12 @@
 """Export a checkpoint for llama.cpp: `python scripts/export_gguf.py CKPT OUT.gguf --type q8_0`."""
 
 import sys
-from collections.abc import Sequence
 
 from llama.checkpoint.gguf import export_gguf
 from llama.checkpoint.source import open_checkpoint
-from llama.cli import run
+from llama.cli import name_words, run
 from llama.generation.llama import find_tokenizer
 from llama.tokenizer import load_tokenizer
-
-POSITIONS = ("ckpt_dir", "output")
 
 
 def main(
@@ -39,12 +36,5 @@ def main(
     print(f"run it: llama-cli -m {file}, or: ollama create NAME -f {file.parent / 'Modelfile'}")
 
 
-def name_positions(argv: Sequence[str]) -> list[str]:
-    """The command line with its leading plain words written as flags: CKPT OUT is --ckpt_dir CKPT --output OUT."""
-    n_plain = next((number for number, word in enumerate(argv[:2]) if word.startswith("-")), len(argv[:2]))
-    flags = [f"--{name}={word}" for name, word in zip(POSITIONS, argv[:n_plain], strict=False)]
-    return [*flags, *argv[n_plain:]]
-
-
 if __name__ == "__main__":
-    run(main, name_positions(sys.argv[1:]))
+    run(main, name_words(main, sys.argv[1:], most=2))  # CKPT OUT are --ckpt_dir CKPT --output OUT

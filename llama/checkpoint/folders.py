@@ -14,7 +14,7 @@ from llama.checkpoint.source import PARTIAL
 from llama.console import notice
 from llama.errors import CheckpointError
 
-# Room beside the tensors: archive directories, manifest, tokenizer.
+# Room beside the tensors: archive directories, manifest, tokenizer (of which a GGUF vocabulary with merges has 10 MB).
 OVERHEAD_BYTES = 32 << 20
 # Where a folder keeps each file of its tokenizer; the last place is that of Llama 3's repositories on Hugging Face.
 TOKENIZERS = {
@@ -44,8 +44,8 @@ def check_target(target: Path, source: Path, force: bool) -> None:
         raise CheckpointError(f"{target} exists: add --force to replace it, or choose another output")
 
 
-def check_space(target: Path, n_bytes: int) -> None:
-    """Whether so many bytes of tensors fit where `target` is to stand.
+def check_space(target: Path, n_bytes: int, remedy: str = "choose another output") -> None:
+    """Whether so many bytes of tensors fit where `target` is to stand; `remedy` is the way out besides making room.
 
     Raises:
         CheckpointError: naming both sizes.
@@ -57,8 +57,7 @@ def check_space(target: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{target} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: "
-            "choose another output or make room"
+            f"{target} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: {remedy} or make room"
         )
 
 
@@ -91,7 +90,7 @@ def _cleared(target: Path) -> Iterator[Path]:
         yield partial
     except OSError as error:
         _remove(partial)
-        raise CheckpointError(f"cannot write {target}: {error.strerror}; nothing was left behind") from error
+        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
     except BaseException:
         _remove(partial)
         raise

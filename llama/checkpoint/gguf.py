@@ -7,10 +7,8 @@ Keys and types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,10 @@ from tqdm import tqdm
 
 from llama.chat import chat_format
 from llama.checkpoint import ollama
+from llama.checkpoint.folders import check_space, partial_file
 from llama.checkpoint.layout import Spec
 from llama.checkpoint.load import settle_tie
-from llama.checkpoint.source import PARTIAL, Checkpoint, SourceTensor
+from llama.checkpoint.source import Checkpoint, SourceTensor
 from llama.config import ModelArgs, read_json
 from llama.console import is_speaker, notice
 from llama.errors import CheckpointError, LlamaError, TokenizerError
@@ -37,8 +36,6 @@ TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # Quantized values share a scale in blocks of so many neighbours of a row.
 BLOCK = 32
 CHUNK_BYTES = 32 << 20
-# Room beside the tensors: the vocabulary with its merges, the largest of which has 10 MB.
-OVERHEAD_BYTES = 32 << 20
 # llama.cpp's names for ways to cut text into words.
 PATTERNS = {"llama3": "llama-bpe", "gpt2": "gpt-2"}
 FAMILIES = {"spm": "llama", "bpe": "gpt2"}
@@ -78,10 +75,10 @@ def export_gguf(
     args = settle_tie(checkpoint, Partition.create(checkpoint.args, 1), rank=0)
     vocabulary = _padded(tokenizer.vocabulary(), args.vocab_size)
     planned = _plan(checkpoint, args, type_name)
-    _check_space(target, planned)
+    check_space(target, sum(plan.nbytes for plan in planned), "choose a smaller --type, another place")
     for remark in vocabulary.remarks:
         notice(f"note: {remark}")
-    with _partial_file(target) as partial:
+    with partial_file(target) as partial:
         writer = library.GGUFWriter(partial, "llama")
         try:
             _add_geometry(writer, args, checkpoint, context_length or _context_length(checkpoint))
@@ -123,36 +120,6 @@ def _check_target(target: Path, type_name: str, force: bool) -> None:
     beside = target.parent / "Modelfile"
     if beside.exists() and not ollama.is_ours(beside):
         raise CheckpointError(f"{beside} is not of an export: move it away, or write to another folder")
-
-
-def _check_space(target: Path, planned: Sequence[_Planned]) -> None:
-    needed = sum(plan.nbytes for plan in planned) + OVERHEAD_BYTES
-    folder = target.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{target.name} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: "
-            "choose a smaller --type, another place, or make room"
-        )
-
-
-@contextlib.contextmanager
-def _partial_file(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its name once it is whole."""
-    partial = target.with_name(target.name + PARTIAL)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        partial.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {target}: {error.strerror or error}; nothing was left behind") from error
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 # -- tensors ---------------------------------------------------------------------------------------
