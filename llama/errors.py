@@ -39,3 +39,15 @@ class RankLostError(LlamaError):
 
 class DownloadError(LlamaError):
     """What could not be downloaded: refused, broken off too often, or not what was announced."""
+
+
+class DataError(LlamaError):
+    """Training records that cannot be used; the message names the record and the field."""
+
+
+class AdapterError(LlamaError):
+    """An adapter that is missing, damaged, or made for another model."""
+
+
+class TrainingError(LlamaError):
+    """A training run that cannot start, continue or go on."""

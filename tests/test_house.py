@@ -26,7 +26,10 @@ ALLOWED = {
     "checkpoint": MODEL | {"model", "geometries", "tokenizer", "chat"},
     "tokenizer": {"errors"},
     "chat": TEXT,
-    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat"},
+    "data": TEXT | {"chat", "console"},
+    # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
+    "finetuning": MODEL | {"model", "checkpoint", "tokenizer", "data"},
+    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "finetuning"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }

@@ -1,0 +1,1 @@
+"""Training data: records, and the examples that they become."""

@@ -1,0 +1,96 @@
+"""A trained tensor and its part on this rank: how gradients are summed, norms counted and shards gathered.
+
+Every rank holds either the whole of a trained tensor or the part that belongs to its shard of a frozen
+linear. What is written to a file is always whole, so that a run goes on at any number of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llama.parallel.collectives import all_reduce
+from llama.parallel.groups import Ranks
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained tensor.
+
+    Args:
+        name: unique, the same on every rank.
+        parameter: this rank's part, float32.
+        ranks: this process among those that share the model.
+        dim: the dimension that is cut; None where every rank holds the whole.
+        cuts: what each rank holds along `dim`; runs may overlap (KV heads that several ranks hold).
+        partial: whether this rank's gradient is a part of the whole one, to be summed over the ranks, as
+            that of a whole tensor that only meets this rank's features.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    ranks: Ranks
+    dim: int | None = None
+    cuts: tuple[range, ...] = ()
+    partial: bool = False
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether some of it is held by several ranks."""
+        return sum(map(len, self.cuts)) > self._total
+
+    @property
+    def _total(self) -> int:
+        return max((cut.stop for cut in self.cuts), default=0)
+
+    def whole(self, part: Tensor) -> Tensor:
+        """The whole tensor on every rank, from each rank's `part` (of the parameter's shape); a collective."""
+        if self.dim is None or self.ranks.world_size == 1:
+            return part.detach().clone()
+        owned = self._owned()
+        return self._sum_of_parts(part.detach().narrow(self.dim, 0, len(owned)), owned.start)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole tensor."""
+        if self.dim is None:
+            return whole
+        own = self.cuts[self.ranks.rank]
+        return whole.narrow(self.dim, own.start, len(own))
+
+    def settle_gradient(self) -> None:
+        """Sum over the ranks what each holds of the gradient; a collective where it is one."""
+        parameter = self.parameter
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if self.ranks.world_size == 1:
+            return
+        if self.dim is None and self.partial:
+            parameter.grad = all_reduce(parameter.grad, self.ranks)
+        elif self.dim is not None and self.overlaps:
+            # Each holder of a shared head saw the gradient of its own queries alone.
+            parameter.grad = self.part(self._sum_of_parts(parameter.grad, self.cuts[self.ranks.rank].start)).clone()
+
+    def square_sum(self) -> Tensor:
+        """This rank's part of the gradient's squared norm, float64: every entry is counted on one rank alone."""
+        gradient = self.parameter.grad
+        if gradient is None or (self.dim is None and self.ranks.rank != 0):
+            return torch.zeros((), dtype=torch.float64, device=self.parameter.device)
+        if self.dim is not None:
+            gradient = gradient.narrow(self.dim, 0, len(self._owned()))
+        return gradient.double().square().sum()
+
+    def _owned(self) -> range:
+        """The start of this rank's run that no later rank begins anew: such runs tile the whole."""
+        own, later = self.cuts[self.ranks.rank], self.cuts[self.ranks.rank + 1 :]
+        stop = min([own.stop, *(cut.start for cut in later)])
+        return range(own.start, max(own.start, stop))
+
+    def _sum_of_parts(self, part: Tensor, start: int) -> Tensor:
+        assert self.dim is not None
+        shape = list(self.parameter.shape)
+        shape[self.dim] = self._total
+        whole = part.new_zeros(shape)
+        whole.narrow(self.dim, start, part.shape[self.dim]).copy_(part)
+        return all_reduce(whole, self.ranks)
