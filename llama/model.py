@@ -87,9 +87,7 @@ class Attention(nn.Module):
         self.wv = build.column(args.dim, kv_width, partition.kv_rows)
         self.wo = build.row(q_width, args.dim, partition.q_rows)
 
-    def forward(
-        self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None) -> Tensor:
         """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         heads = (-1, self.head_dim)
         q = apply_rope(self.wq(x).unflatten(-1, heads), table)  # [B, T, H, D]
@@ -126,9 +124,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = build.norm()
         self.ffn_norm = build.norm()
 
-    def forward(
-        self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None) -> Tensor:
         """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         normed = copy_to_ranks(self.attention_norm(x), self.ranks)
         x = x + self.attention(normed, table, positions, cache, mask)
