@@ -53,7 +53,8 @@ class Trainer:
         self.n_steps = settings.n_steps(self.order.steps_per_epoch)
         self.optimizer = make_optimizer(tuning, settings)
         self.stepper = Stepper(model, tuning, self.optimizer, settings.max_grad_norm)
-        self.n_done, self.best = 0, None
+        self.n_done = self.n_saved = 0
+        self.best: tuple[float, int] | None = None
 
     # -- the loop ----------------------------------------------------------------------------------
 
@@ -71,7 +72,8 @@ class Trainer:
                 try:
                     line = self._step(self.n_done)
                 except TrainingError:
-                    self._save_unless_saved()
+                    if self.n_done > self.n_saved:
+                        self.save()
                     raise
                 self.n_done += 1
                 if log is not None:
@@ -149,10 +151,7 @@ class Trainer:
         with groups.phase("checkpoint"):
             if is_speaker():
                 self.folder.save(state, adapter, self.model.args, self.settings.save_total_limit)
-
-    def _save_unless_saved(self) -> None:
-        if self.n_done and self.n_done not in groups.broadcast_object(self.folder.checkpoints()):
-            self.save()
+        self.n_saved = self.n_done
 
     def _state(self) -> TrainState:
         tensors = {}
@@ -188,7 +187,8 @@ class Trainer:
                     },
                 }
         self.stepper.scale.value, self.stepper.scale.n_good = state.scale
-        self.n_done, self.best = state.step, state.best
+        self.n_done = self.n_saved = state.step
+        self.best = state.best
 
 
 def make_optimizer(tuning: Tuning, settings: TrainSettings) -> torch.optim.AdamW:

@@ -1,0 +1,151 @@
+"""What `ft_main.py` does: read records, load a model, train, say where the result is."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from llama import env
+from llama.checkpoint.opening import Opened, open_model, shown
+from llama.console import notice
+from llama.data.batches import split_eval
+from llama.data.examples import Encoded, encode_records
+from llama.data.records import digest, read_records
+from llama.errors import TrainingError, UsageError
+from llama.finetuning.prompt_tuning import SoftPrompt, initial_embeddings
+from llama.finetuning.run_folder import RunFolder
+from llama.finetuning.settings import TrainSettings
+from llama.finetuning.speed import checkpoint_blocks, compile_blocks
+from llama.finetuning.step import Tuning
+from llama.finetuning.trainer import Trainer
+from llama.model import Transformer
+from llama.parallel import groups
+
+ROOT = Path(__file__).parent.parent.parent
+BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
+# What a soft prompt starts from when nothing else is said: the words that open Alpaca's template.
+INIT_TEXT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+def train(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    dataset: str | None = None,
+    output_dir: str = "saved",
+    resume: bool = False,
+    method: str = "prompt",
+    trainer: str = "native",
+    template: str = "alpaca",
+    num_virtual_tokens: int = 32,
+    init: str = "text",
+    init_text: str | None = None,
+    lora_r: int = 8,
+    lora_alpha: float = 16.0,
+    lora_dropout: float = 0.05,
+    lora_targets: str = "wq,wv",
+    use_rslora: bool = False,
+    batch_size: int = 8,
+    gradient_accumulation_steps: int = 1,
+    num_epochs: float = 3.0,
+    max_steps: int | None = None,
+    lr: float | None = None,
+    lr_scheduler: str = "cosine",
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    max_seq_len: int = 512,
+    train_on_prompt: bool = False,
+    eval_fraction: float = 0.0,
+    eval_steps: int = 100,
+    save_steps: int = 100,
+    save_total_limit: int = 2,
+    seed: int = 1,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    tp: int | None = None,
+    tensor_split: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    no_plan: bool = False,
+) -> None:
+    """Fine-tune a Llama on Alpaca records, on any number of ranks; the result is an adapter that PEFT loads too.
+
+    Args:
+        ckpt_dir: folder of the frozen weights, in any layout; without it, the bundled model.
+        tokenizer_path: its tokenizer; by default beside the weights or one folder up.
+        dataset: Alpaca records: a .json, .jsonl or .parquet file, a folder, or a name on the Hub.
+        output_dir: where checkpoints, logs and the adapter go.
+        resume: go on with the run in output_dir from its last checkpoint, at any number of ranks.
+        method: prompt (a soft prompt before the text) or lora.
+        trainer: native, or hf to have transformers' Trainer drive the same model and data.
+        template: how a record becomes a text: alpaca, llama2, llama3 or plain.
+        num_virtual_tokens: length of the soft prompt.
+        init: text, or random to start from random tokens of the vocabulary.
+        init_text: the text that the soft prompt starts from; by default Alpaca's opening words.
+        lora_r: rank of the updates.
+        lora_alpha: their scale; it is divided by the rank.
+        lora_dropout: part of a linear's inputs left out of its update in training.
+        lora_targets: linears that are updated, by Meta's or Hugging Face's names, or all.
+        use_rslora: divide alpha by the rank's square root.
+        batch_size: examples of a batch, over all copies of the model.
+        gradient_accumulation_steps: batches of one optimiser step.
+        num_epochs: passes over the data.
+        max_steps: optimiser steps, in place of num_epochs.
+        lr: peak learning rate; by default 0.03 for a soft prompt and 0.0003 for lora.
+        lr_scheduler: constant, linear or cosine, after the warm-up.
+        warmup_steps: optimiser steps until the peak.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are shortened to this.
+        max_seq_len: tokens of an example; longer ones lose their end.
+        train_on_prompt: learn the instruction too, not only the answer.
+        eval_fraction: part of the records set aside for evaluation.
+        eval_steps: optimiser steps between evaluations.
+        save_steps: optimiser steps between checkpoints.
+        save_total_limit: checkpoints that are kept.
+        seed: of the start, the order of the data and dropout.
+        activation_checkpointing: compute activations again instead of keeping them.
+        compile: compile the parts of the blocks that it pays for.
+        tp: ranks that share one model; the others hold copies and share the batch. By default all.
+        tensor_split: weights of the ranks, such as 3,1.
+        dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
+        device: auto, cpu, cuda, cuda:N or mps.
+        threads: CPU threads of each rank.
+        no_plan: load without asking first whether the memory suffices.
+    """
+    started = time.perf_counter()
+    with groups.phase("settings"):
+        settings = _settings(locals())
+        ckpt_dir, dataset = _sources(ckpt_dir, dataset)
+        folder = RunFolder(Path(output_dir))
+    with groups.phase("data"):
+        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads)
+        records = read_records(dataset)
+        encoded = encode_records(
+            records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
+        )
+        chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
+        description = _describe_run(settings, opened, digest(records))
+        folder.check(description, resume)
+    notice(f"{dataset}: {encoded.report()}")
+    ranks = groups.start(opened.device, tp)
+    with groups.phase("load"):
+        model = opened.load(ranks)
+        folder.claim(description)
+    notice(opened.describe(time.perf_counter() - started))
+    tuning = _tuning(settings, opened, model)
+    if settings.activation_checkpointing:
+        checkpoint_blocks(model)
+    if settings.compile:
+        compile_blocks(model)
+    run = Trainer(
+        model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir)
+    )
+    if resume:
+        _resume(run, folder)
+    run.run()
+    _say_result(run, started, ckpt_dir, tokenizer_path)
