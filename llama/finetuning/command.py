@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,25 @@ from llama import env
 from llama.checkpoint.opening import Opened, open_model, shown
 from llama.console import notice
 from llama.data.batches import split_eval
-from llama.data.examples import Encoded, encode_records
+from llama.data.examples import Encoded, Example, encode_records
 from llama.data.records import digest, read_records
-from llama.errors import TrainingError, UsageError
+from llama.errors import UsageError
+from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt, initial_embeddings
 from llama.finetuning.run_folder import RunFolder
 from llama.finetuning.settings import TrainSettings
 from llama.finetuning.speed import checkpoint_blocks, compile_blocks
 from llama.finetuning.step import Tuning
+from llama.finetuning.targets import resolve_targets
 from llama.finetuning.trainer import Trainer
 from llama.model import Transformer
 from llama.parallel import groups
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
+LEARNING_RATES = {"prompt": 0.03, "lora": 0.0003}
 # What a soft prompt starts from when nothing else is said: the words that open Alpaca's template.
-INIT_TEXT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+INIT_TEXT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 def train(
@@ -142,10 +144,86 @@ def train(
         checkpoint_blocks(model)
     if settings.compile:
         compile_blocks(model)
-    run = Trainer(
-        model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir)
-    )
+    run = Trainer(model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir))
     if resume:
-        _resume(run, folder)
+        _resume(run)
     run.run()
     _say_result(run, started, ckpt_dir, tokenizer_path)
+
+
+def _settings(flags: dict[str, Any]) -> TrainSettings:
+    """The flags that are settings of the run, with the defaults that depend on others."""
+    names = TrainSettings.__dataclass_fields__
+    values = {name: value for name, value in flags.items() if name in names}
+    if values["lr"] is None:
+        values["lr"] = LEARNING_RATES.get(values["method"], 0.03)
+    if values["init_text"] is not None and values["init"] == "random":
+        raise UsageError("--init random and --init_text are given together: choose one")
+    if values["method"] == "lora":
+        values["num_virtual_tokens"] = 1  # of no meaning then, and so the same in every run
+    return TrainSettings(**values)
+
+
+def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
+    """The model and the records: both given, or the bundled ones."""
+    if (ckpt_dir is None) != (dataset is None):
+        missing = "--dataset" if dataset is None else "--ckpt_dir"
+        raise UsageError(f"{missing} must be given too; without both, the bundled model learns the bundled records")
+    if ckpt_dir is None or dataset is None:
+        return str(BUNDLED_MODEL), str(BUNDLED_DATA)
+    return ckpt_dir, dataset
+
+
+def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    args = opened.checkpoint.args
+    return {
+        **settings.decisive(),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "data": records,
+        "model": {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "vocab_size": args.vocab_size},
+    }
+
+
+def _of(encoded: Encoded, indices: Sequence[int]) -> list[Example]:
+    return [encoded.examples[i] for i in indices]
+
+
+def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuning:
+    """What is going to be trained, in its first state; a collective call."""
+    if settings.method == "lora":
+        targets = resolve_targets(settings.lora_targets)
+        return add_lora(
+            model, settings.lora_r, settings.lora_alpha, targets, settings.lora_dropout, settings.use_rslora,
+            settings.seed,
+        )  # fmt: skip
+    text = None if settings.init == "random" else settings.init_text or INIT_TEXT
+    start = initial_embeddings(model, opened.tokenizer, settings.num_virtual_tokens, text, settings.seed)
+    return SoftPrompt(model, start, text)
+
+
+def _resume(run: Trainer) -> None:
+    """Go on from the last checkpoint, where there is one."""
+    steps = groups.broadcast_object(run.folder.checkpoints())
+    if not steps:
+        notice(f"{run.folder.path} holds no checkpoint yet: the run starts anew")
+        return
+    with groups.phase("resume"):
+        run.restore(run.folder.load(steps[-1]))
+    notice(f"going on from {run.folder.folder(steps[-1])}: {run.n_done} of {run.n_steps} steps are done")
+
+
+def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None) -> None:
+    """Where the adapter is, and the command to try it."""
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
+    where = shown(run.folder.path.resolve())
+    words = ["--ckpt_dir", str(shown(Path(ckpt_dir).resolve())), "--tuning_ckpt_path", str(where)]
+    words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
+    words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
+    n = env.world_size()
+    launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
+    notice(
+        f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
+        f"{launcher} example_ft.py {shlex.join(words)}"
+    )

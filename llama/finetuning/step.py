@@ -137,7 +137,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.model.ranks.device)
         for micro, batch in enumerate(batches):
-            share = shard(range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch])
+            share = shard(
+                range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch]
+            )
             if share:
                 self.tuning.begin_pass(step, micro)
                 loss = self.loss([batch[i] for i in share], factor)
@@ -154,6 +156,11 @@ class Stepper:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
         return result
+
+    def _share(self, batch: Sequence[Example]) -> list[Example]:
+        """What this copy of the model learns from a batch."""
+        lengths = [len(example.tokens) for example in batch]
+        return [batch[i] for i in shard(range(len(batch)), self.replicas.rank, self.replicas.world_size, lengths)]
 
     def loss(self, examples: Sequence[Example], factor: float) -> Tensor:
         """Sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
