@@ -1,9 +1,11 @@
 """Adapters on disk, against PEFT: what it writes we read, what we write it loads, and both compute the same."""
 
+import functools
 import json
 import os
 import pickle
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -70,14 +72,30 @@ def peft_prompt(base: LlamaForCausalLM) -> PeftModel:
     return get_peft_model(base, config).eval()
 
 
-def saved_lora(folder: Path, **options: Any) -> Path:
-    peft_lora(hf_model("2"), **{"target_modules": ["q_proj", "v_proj"], **options}).save_pretrained(folder)
+@functools.cache
+def peft_files(kind: str) -> dict[str, bytes]:
+    """The files of an adapter as PEFT saves it."""
+    model = (
+        peft_prompt(hf_model("2"))
+        if kind == "prompt"
+        else peft_lora(hf_model("2"), target_modules=["q_proj", "v_proj"])
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {
+            name: (Path(folder) / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")
+        }
+
+
+def saved_lora(folder: Path, kind: str = "lora") -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in peft_files(kind).items():
+        (folder / name).write_bytes(content)
     return folder
 
 
 def saved_prompt(folder: Path) -> Path:
-    peft_prompt(hf_model("2")).save_pretrained(folder)
-    return folder
+    return saved_lora(folder, "prompt")
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:
@@ -310,8 +328,9 @@ PARTS = {
 @torch.no_grad()
 def test_peft_loads_our_lora(part: str, use_rslora: bool, tmp_path: Path) -> None:
     adapter = random_lora(ARGS, PARTS[part], use_rslora=use_rslora, dropout=0.05, alpha=7.5)
-    write_adapter(tmp_path / "new" / "out", adapter, ARGS, "the/base")
-    assert same(read_adapter(tmp_path / "new" / "out", ARGS), replace(adapter, base_model="the/base"))
+    base_name = "the/base" if use_rslora else None
+    write_adapter(tmp_path / "new" / "out", adapter, ARGS, base_name)
+    assert same(read_adapter(tmp_path / "new" / "out", ARGS), replace(adapter, base_model=base_name))
     base = hf_model("2")
     for name, (a, b) in adapter.weights.items():
         layer, ours = name.removeprefix("layers.").split(".", 1)
@@ -362,8 +381,11 @@ def test_every_field_of_pefts_own_is_decided(tmp_path: Path) -> None:
 def test_an_adapter_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     to_bin(saved_lora(tmp_path))
     (tmp_path / "metrics.jsonl").write_text("{}")
+    for leftover in ("adapter.new", "adapter.new.partial"):  # of a run that was killed
+        saved_lora(tmp_path / leftover)
     adapter = random_lora(ARGS, PARTS["uneven"])
     write_adapter(tmp_path, adapter, ARGS)
+    assert len(list(tmp_path.iterdir())) == 3
     assert same(read_adapter(tmp_path / "adapter_model.bin", ARGS), adapter)
     write_adapter(tmp_path, random_prompt(), ARGS)
     assert same(read_adapter(tmp_path, ARGS), random_prompt())
@@ -538,6 +560,11 @@ def test_options_that_do_not_matter(tmp_path: Path) -> None:
 )
 def test_configurations_of_lora_that_do_not_fit(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     assert message in refusal(edit_config(saved_lora(tmp_path), **changes))
+
+
+def test_a_lora_of_a_model_with_fewer_layers(tmp_path: Path) -> None:
+    message = refusal(saved_lora(tmp_path), replace(ARGS, n_layers=3))
+    assert "ends with layer 1, the model has 3 layers (from 0): it was trained for another model" in message
 
 
 def drop(key: str) -> Callable[[dict[str, Tensor]], object]:
