@@ -260,6 +260,17 @@ def test_other_dtypes_become_float32(dtype: torch.dtype, tmp_path: Path) -> None
     assert torch.equal(a, stored[Q_A].to(dtype).float())
 
 
+def test_all_linear_means_the_seven(tmp_path: Path) -> None:
+    """PEFT spells it out when it saves; others may leave it."""
+    adapter = random_lora(ARGS, FULL)
+    write_adapter(tmp_path, adapter, ARGS)
+    assert same(read_adapter(edit_config(tmp_path, target_modules="all-linear"), ARGS), adapter)
+    assert same(read_adapter(edit_config(tmp_path, target_modules=None), ARGS), adapter)
+    saved_lora(tmp_path)
+    message = refusal(edit_config(tmp_path, target_modules="all-linear"))
+    assert "lacks the updates of model.layers.0.mlp.down_proj" in message
+
+
 def test_names_of_a_state_dict_in_memory(tmp_path: Path) -> None:
     expected = read_adapter(saved_lora(tmp_path), ARGS)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
