@@ -341,10 +341,30 @@ def test_parquet_and_folders(tmp_path):
     file = folder / "data.parquet"
     rows = [{"instruction": r.instruction, "input": r.input or None, "output": r.output} for r in READ]
     datasets.Dataset.from_list(rows).to_parquet(file)
-    level = datasets.logging.get_verbosity()
     assert read_records(file) == READ
     assert read_records(folder) == READ
-    assert datasets.logging.get_verbosity() == level
+
+
+@pytest.mark.parametrize(("rank", "shows"), [("0", True), ("1", False)])
+def test_the_library_is_quiet_while_it_works_for_us(monkeypatch, rank, shows):
+    seen = []
+
+    def load_dataset(**_: Any) -> datasets.Dataset:
+        seen.extend([datasets.logging.get_verbosity(), datasets.is_progress_bar_enabled()])
+        return datasets.Dataset.from_list([GOOD])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setenv("RANK", rank)
+    datasets.logging.set_verbosity(datasets.logging.WARNING)
+    read_records("someone/records")
+    assert seen == [datasets.logging.CRITICAL, shows]
+    assert datasets.logging.get_verbosity() == datasets.logging.WARNING
+    assert datasets.is_progress_bar_enabled()
+
+
+def test_a_table_without_the_column_that_may_be_missing(hub):
+    hub["rows"] = [{"instruction": "Greet.", "output": "Hi"}]
+    assert read_records("someone/records") == [Record("Greet.", "", "Hi")]
 
 
 @pytest.mark.usefixtures("cache")
