@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llama.model import Transformer
@@ -25,6 +24,5 @@ def compile_blocks(model: Transformer) -> None:
     Attention is left as it is: how many groups of examples it sees changes from step to step.
     """
     for block in model.layers:
-        parts: tuple[nn.Module, ...] = (block.feed_forward, block.attention_norm, block.ffn_norm)
-        for part in parts:
-            part.compile(dynamic=True)
+        for name in ("feed_forward", "attention_norm", "ffn_norm"):
+            block.get_submodule(name).compile(dynamic=True)

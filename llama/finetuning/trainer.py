@@ -16,7 +16,7 @@ from llama.errors import TrainingError
 from llama.finetuning.logs import RunLog
 from llama.finetuning.run_folder import RunFolder, TrainState
 from llama.finetuning.settings import TrainSettings
-from llama.finetuning.step import Stepper, Tuning, check_same_batch
+from llama.finetuning.step import Stepper, StepResult, Tuning, check_same_batch
 from llama.model import Transformer
 from llama.parallel import groups
 
@@ -68,29 +68,43 @@ class Trainer:
             CheckpointError: a checkpoint that cannot be written; the one before it stays.
         """
         with self._log() as log:
-            while self.n_done < self.n_steps:
-                try:
-                    line = self._step(self.n_done)
-                except TrainingError:
-                    if self.n_done > self.n_saved:
-                        self.save()
-                    raise
-                self.n_done += 1
-                if log is not None:
-                    log.step(line)
-                self._look_up(log)
+            try:
+                self.take_steps(log)
+            except TrainingError:
+                if self.n_done > self.n_saved:
+                    self.save()
+                raise
         self._finish()
 
-    def _step(self, step: int) -> dict[str, float]:
-        """Take one step and tell of it."""
-        started = time.perf_counter()
+    def take_steps(self, log: RunLog | None) -> None:
+        """Take the steps that are left; after each, `step_done`."""
+        while self.n_done < self.n_steps:
+            started = time.perf_counter()
+            lr = self.settings.learning_rate(self.n_done, self.n_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            result = self.stepper.run(self.n_done, self.batches(self.n_done))
+            self.step_done(log, result, lr, time.perf_counter() - started)
+
+    def batches(self, step: int) -> list[list[Example]]:
+        """The batches of a step, the same on every process: now and then they compare."""
         batches = [[self.examples[i] for i in batch] for batch in self.order.step_batches(step)]
         if step % DIGEST_STEPS == 0:
             check_same_batch(batches, step)
-        lr = self.settings.learning_rate(step, self.n_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        result = self.stepper.run(step, batches)
+        return batches
+
+    def step_done(self, log: RunLog | None, result: StepResult, lr: float, seconds: float) -> None:
+        """Log a step; evaluate and save where it is time."""
+        if log is not None:
+            log.step(self._line(self.n_done, result, lr, seconds))
+        self.n_done += 1
+        last = self.n_done == self.n_steps
+        if self.eval_examples and (last or self.n_done % self.settings.eval_steps == 0):
+            self._evaluate(log)
+        if last or self.n_done % self.settings.save_steps == 0:
+            self.save()
+
+    def _line(self, step: int, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
         return {
             "step": step + 1,
             "epoch": round((step + 1) / self.order.steps_per_epoch, 4),
@@ -98,17 +112,9 @@ class Trainer:
             "lr": lr,
             "grad_norm": result.grad_norm,
             "tokens": result.n_tokens,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
             "memory": peak_memory(self.model.ranks.device),
         }
-
-    def _look_up(self, log: RunLog | None) -> None:
-        """Evaluate and save where it is time."""
-        last = self.n_done == self.n_steps
-        if self.eval_examples and (last or self.n_done % self.settings.eval_steps == 0):
-            self._evaluate(log)
-        if last or self.n_done % self.settings.save_steps == 0:
-            self.save()
 
     def _evaluate(self, log: RunLog | None) -> None:
         size = self.settings.batch_size
