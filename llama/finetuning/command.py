@@ -131,6 +131,7 @@ def train(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
         )
         chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
+        _check_copies(settings, opened)
         description = _describe_run(settings, opened, digest(records))
         folder.check(description, resume)
     notice(f"{dataset}: {encoded.report()}")
@@ -200,6 +201,21 @@ def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuni
     text = None if settings.init == "random" else settings.init_text or INIT_TEXT
     start = initial_embeddings(model, opened.tokenizer, settings.num_virtual_tokens, text, settings.seed)
     return SoftPrompt(model, start, text)
+
+
+def _check_copies(settings: TrainSettings, opened: Opened) -> None:
+    """Whether the trainer can do with several copies of the model."""
+    size = opened.partition.world_size
+    if settings.trainer == "hf" and size < env.world_size():
+        raise UsageError(f"--trainer hf trains one copy of the model, not {env.world_size() // size}: leave --tp out")
+
+
+def _trainer_class(settings: TrainSettings) -> type[Trainer]:
+    if settings.trainer == "native":
+        return Trainer
+    from llama.finetuning.hf_trainer import HfTrainer  # transformers takes seconds to import
+
+    return HfTrainer
 
 
 def _resume(run: Trainer) -> None:

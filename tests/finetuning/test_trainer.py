@@ -131,7 +131,7 @@ def done(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_what_a_run_leaves(done: tuple[Trainer, Path]) -> None:
-    run, out = done
+    _run, out = done
     names = {entry.name for entry in out.iterdir()}
     assert names == {
         "run.json", "adapter_config.json", "adapter_model.safetensors", "best", "checkpoint-8", "checkpoint-9",
