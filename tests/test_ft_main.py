@@ -96,7 +96,7 @@ BAD = [
     pytest.param(
         {"method": "lora", "lora_targets": "wq,wx"}, "--lora_targets names 'wx', which matches no linear", id="target"
     ),
-    pytest.param({"tp": 3}, "model_parallel_size 3 does not divide the 1 processes", id="tp"),
+    pytest.param({"tp": 3}, "--tp 3 does not divide the 1 processes", id="tp"),
     pytest.param({"trainer": "hf", "method": "lora"}, "--trainer hf", id="hf lora"),
     pytest.param({"max_seq_len": 8}, "8 tokens", id="nothing left to learn"),
 ]

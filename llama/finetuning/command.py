@@ -136,6 +136,7 @@ def train(
     started = time.perf_counter()
     with groups.phase("settings"):
         settings = _settings(locals())
+        _check_ranks(settings, tp)
         ckpt_dir, dataset = _sources(ckpt_dir, dataset)
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
@@ -145,7 +146,6 @@ def train(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
         )
         chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
-        _check_copies(settings, opened)
         description = _describe_run(settings, opened, digest(records))
         folder.check(description, resume)
     notice(f"{dataset}: {encoded.report()}")
@@ -215,11 +215,13 @@ def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuni
     return SoftPrompt(model, start, text)
 
 
-def _check_copies(settings: TrainSettings, opened: Opened) -> None:
-    """Whether the trainer can do with several copies of the model."""
-    size = opened.partition.world_size
-    if settings.trainer == "hf" and size < env.world_size():
-        raise UsageError(f"--trainer hf trains one copy of the model, not {env.world_size() // size}: leave --tp out")
+def _check_ranks(settings: TrainSettings, tp: int | None) -> None:
+    n_processes = env.world_size()
+    size = n_processes if tp is None else tp
+    if size < 1 or n_processes % size:
+        raise UsageError(f"--tp {size} does not divide the {n_processes} processes: choose a number that does")
+    if settings.trainer == "hf" and size < n_processes:
+        raise UsageError(f"--trainer hf trains one copy of the model, not {n_processes // size}: leave --tp out")
 
 
 def _trainer_class(settings: TrainSettings) -> type[Trainer]:

@@ -19,10 +19,12 @@ from llama.checkpoint.load import load_model
 from llama.checkpoint.source import open_checkpoint
 from llama.errors import AdapterError, UsageError
 from llama.finetuning.adapters import LoraAdapter
+from llama.finetuning.gradients import settle
 from llama.finetuning.lora import Lora, add_lora, load_lora
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.collectives import all_reduce
+from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def trained_once(
     own = model.partition.vocab[model.ranks.rank]
     (logits * LOGITS_GRAD[..., own.start : own.stop]).sum().backward()
     for trained in lora.trained:
-        trained.settle_gradient()
+        settle([trained], trained.ranks, Ranks())
     norm = all_reduce(sum(trained.square_sum() for trained in lora.trained), model.ranks).sqrt().item()
     whole = {trained.name: trained.whole(trained.parameter.grad) for trained in lora.trained}
     return model.gather_logits(logits.detach()), whole, norm

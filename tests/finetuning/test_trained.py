@@ -9,9 +9,11 @@ from support import hf_model, meta_params
 from torch import Tensor, nn
 
 from llama.config import ModelArgs
+from llama.finetuning.gradients import settle
 from llama.finetuning.trained import Trained, own_part
 from llama.parallel import groups
 from llama.parallel.collectives import all_reduce
+from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 
 Cuts = tuple[range, ...]
@@ -56,7 +58,7 @@ def trained_of(cuts: Cuts, dim: int | None, partial: bool) -> Trained:
 def settled(cuts: Cuts, dim: int | None, partial: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """On every rank: the whole, this rank's part of it, its gradient, the whole gradient, the squared norm."""
     trained = trained_of(cuts, dim, partial)
-    trained.settle_gradient()
+    settle([trained], trained.ranks, Ranks())
     gradient = trained.parameter.grad
     assert gradient is not None
     assert gradient.is_contiguous()
@@ -111,7 +113,7 @@ def settled_without_gradient(cuts: Cuts) -> tuple[bool, float]:
     trained = trained_of(cuts, 0, False)
     if trained.ranks.rank:
         trained.parameter.grad = None
-    trained.settle_gradient()
+    settle([trained], trained.ranks, Ranks())
     assert trained.parameter.grad is not None
     return bool(trained.parameter.grad.any()), all_reduce(trained.square_sum(), trained.ranks).item()
 
