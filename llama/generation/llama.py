@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from llama.cache import KVCache
 from llama.chat import REFUSAL, ChatFormat, Dialog
 from llama.chat import chat_format as choose_format
 from llama.checkpoint.activations import Workload
@@ -19,6 +21,8 @@ from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, peak_memory, set_threads
 from llama.errors import LlamaError, TokenizerError
+from llama.finetuning.adapters import Adapter
+from llama.generation.adapted import apply_adapter, describe_adapter, n_virtual_tokens, settle_adapter
 from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
 from llama.generation.stops import TextWatch
@@ -95,6 +99,7 @@ class Llama:
         max_batch_size: prompts that run at a time, at most.
         seed: of the sampling noise, unless a call brings its own.
         chat: how dialogs become tokens; None for the format that the tokenizer shows.
+        prefix: what stands before every prompt; see `Engine`. It does not count for `max_seq_len`.
     """
 
     def __init__(
@@ -106,11 +111,12 @@ class Llama:
         max_batch_size: int = 32,
         seed: int = 1,
         chat: ChatFormat | None = None,
+        prefix: KVCache | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
         self.format = choose_format("auto", tokenizer) if chat is None else chat
-        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size))
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix)
 
     @classmethod
     def build(
@@ -127,6 +133,7 @@ class Llama:
         threads: int | None = None,
         chat_format: str = "auto",
         plan: bool | Workload = True,
+        adapter: str | Path | Adapter | None = None,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -146,6 +153,9 @@ class Llama:
             chat_format: "auto", "llama2", "llama3" or "alpaca".
             plan: whether to check first that the model fits into memory; a `Workload` says what is going to
                 be run, where that is less than `max_batch_size` and `max_seq_len` allow.
+            adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
+                `llama.finetuning.adapter_files.read_adapter`. A soft prompt stands before BOS, runs once,
+                here, and does not count for `max_seq_len`.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -165,19 +175,23 @@ class Llama:
             args = checkpoint.args
             chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, args.n_unique_params)
             chat = choose_format(chat_format, tokenizer)
+            adapter = settle_adapter(adapter, args)
         with groups.phase("plan"):
             if plan is not False:
-                limits, expected = Workload(max_batch_size, max_seq_len), None if plan is True else plan
+                n_virtual = n_virtual_tokens(adapter)
+                limits = Workload(max_batch_size, max_seq_len, n_virtual)
+                expected = None if plan is True else dataclasses.replace(plan, prefix=n_virtual)
                 check_fit(args, chosen_device, chosen_dtype, size, tensor_split, limits, expected)
         ranks = groups.start(chosen_device, model_parallel_size)
         with groups.phase("load"):
             model = load_model(checkpoint, partition, ranks, chosen_dtype)
             llama = cls(
                 model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-                chat=chat,
+                chat=chat, prefix=apply_adapter(model, adapter),
             )  # fmt: skip
         seconds = time.perf_counter() - started
-        notice(_describe_build(checkpoint, partition, ranks, chosen_dtype, n_threads, seconds))
+        built = _describe_build(checkpoint, partition, ranks, chosen_dtype, n_threads, seconds)
+        notice(built + describe_adapter(adapter))
         return llama
 
     # -- tokens ------------------------------------------------------------------------------------
