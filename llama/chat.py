@@ -108,6 +108,20 @@ class ChatFormat(ABC):
         validate(dialog, index, self.order)
         return self._encode(dialog)
 
+    def encode_answered(self, dialog: Dialog, answer: str, index: int = 0) -> list[int]:
+        """Return the ids of the dialog and its answer, to the id that closes the turn: a text to learn from.
+
+        Args:
+            dialog: messages; the last is the one that is answered.
+            answer: what the assistant says.
+            index: number of the dialog among those of the call, from 0; only for error messages.
+
+        Raises:
+            DialogError: see `validate`.
+        """
+        validate(dialog, index, self.order)
+        return self._encode_answered(dialog, answer)
+
     def unsafe(self, dialog: Dialog) -> bool:
         """Whether the dialog's text contains marks that this format cannot tell from its own."""
         return False
@@ -115,6 +129,10 @@ class ChatFormat(ABC):
     @abstractmethod
     def _encode(self, dialog: Dialog) -> list[int]:
         """Encode a dialog that is known to be valid."""
+
+    @abstractmethod
+    def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
+        """Encode a dialog that is known to be valid with its answer."""
 
 
 class Llama2Format(ChatFormat):
@@ -132,14 +150,26 @@ class Llama2Format(ChatFormat):
         return any(tag in message["content"] for message in dialog for tag in self.tags)
 
     def _encode(self, dialog: Dialog) -> list[int]:
+        *finished, last = self._turns(dialog)
+        asked = self.tokenizer.encode(f"[INST] {last.strip()} [/INST]", bos=True, eos=False)
+        return self._encode_finished(finished) + asked
+
+    def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
+        return self._encode_finished([*self._turns(dialog), answer])
+
+    def _turns(self, dialog: Dialog) -> list[str]:
+        """Texts of users and assistants in turn."""
         texts = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
             texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
+        return texts
+
+    def _encode_finished(self, texts: list[str]) -> list[int]:
         ids: list[int] = []
-        for user, answer in zip(texts[:-1:2], texts[1::2], strict=True):
+        for user, answer in zip(texts[::2], texts[1::2], strict=True):
             pair = f"[INST] {user.strip()} [/INST] {answer.strip()} "
             ids += self.tokenizer.encode(pair, bos=True, eos=True)
-        return ids + self.tokenizer.encode(f"[INST] {texts[-1].strip()} [/INST]", bos=True, eos=False)
+        return ids
 
 
 class Llama3Format(ChatFormat):
@@ -171,6 +201,9 @@ class Llama3Format(ChatFormat):
             ids += self._header(message["role"]) + self._plain(message["content"]) + [self._eot]
         return ids + self._header("assistant")
 
+    def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
+        return [*self._encode(dialog), *self._plain(answer), self._eot]
+
     def _header(self, role: str) -> list[int]:
         name = "ipython" if role == "tool" else role
         return [self._start, *self._plain(name), self._end, *self._plain("\n\n")]
@@ -189,12 +222,18 @@ class AlpacaFormat(ChatFormat):
     name = "alpaca"
 
     def _encode(self, dialog: Dialog) -> list[int]:
+        return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
+
+    def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
+        return self.tokenizer.encode(self._text(dialog) + answer, bos=True, eos=True)
+
+    def _text(self, dialog: Dialog) -> str:
         texts = [message["content"] for message in dialog]
         opening = 2 if dialog[0]["role"] == "system" else 1
         text = alpaca_prompt(*texts[:opening])
         for answer, user in zip(texts[opening::2], texts[opening + 1 :: 2], strict=True):
             text += f"{answer}\n\n### Instruction:\n{user}\n\n### Response:"
-        return self.tokenizer.encode(text, bos=True, eos=False)
+        return text
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
