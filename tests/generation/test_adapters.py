@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from ranks import RankPools
-from support import DIM, VOCAB, hf_model, sentencepiece_model, write_meta
+from support import DIM, hf_model, sentencepiece_model, write_meta
 
 from llama import Llama
 from llama.errors import AdapterError
@@ -115,9 +115,13 @@ def test_prompts_of_several_prefill_passes(tuned: Llama, monkeypatch: pytest.Mon
 
 def test_the_soft_prompt_runs_once(tuned: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """No pass of a request is longer than its prompt."""
-    seen = []
-    hidden = tuned.model.hidden
-    monkeypatch.setattr(tuned.model, "hidden", lambda *args, **rest: seen.append(args[0].shape[1]) or hidden(*args, **rest))
+    seen, hidden = [], tuned.model.hidden
+
+    def watched(tokens: torch.Tensor, **rest: Any) -> torch.Tensor:
+        seen.append(tokens.shape[1])
+        return hidden(tokens, **rest)
+
+    monkeypatch.setattr(tuned.model, "hidden", watched)
     tuned.generate([[1, 5, 9], [1, 7]], 3, temperature=0)
     assert seen == [3, 1, 1]
 
