@@ -9,7 +9,7 @@ import pytest
 
 # What each part of llama/ may import, by the part's first name; a part may always import itself.
 BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "cache", "parallel", "device"}
+MODEL = BASE | {"rope", "cache", "parallel", "device", "noise"}
 TEXT = {"errors", "tokenizer"}
 ALLOWED = {
     "errors": set(),
@@ -19,6 +19,7 @@ ALLOWED = {
     "geometries": {"errors", "config"},
     "rope": {"config"},
     "cache": set(),
+    "noise": set(),
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},
     "model": MODEL,
