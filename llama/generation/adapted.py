@@ -10,7 +10,10 @@ from torch import Tensor
 from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.errors import AdapterError
+from llama.finetuning.adapter_files import read_adapter
 from llama.finetuning.adapters import Adapter, LoraAdapter, PromptAdapter
+from llama.finetuning.lora import load_lora
+from llama.finetuning.targets import check_fits
 from llama.model import Transformer
 
 
@@ -21,12 +24,14 @@ def settle_adapter(adapter: str | Path | Adapter | None, args: ModelArgs) -> Ada
         AdapterError: it is missing, damaged or of another model.
     """
     if isinstance(adapter, str | Path):
-        from llama.finetuning.adapter_files import read_adapter
-
         return read_adapter(adapter, args)
+    if isinstance(adapter, LoraAdapter):
+        check_fits(adapter, args)
     if isinstance(adapter, PromptAdapter) and (adapter.prompt.dim() != 2 or adapter.prompt.shape[1] != args.dim):
-        shape = list(adapter.prompt.shape)
-        raise AdapterError(f"the soft prompt is {shape}, the model's embeddings are {args.dim} wide: it is another's")
+        raise AdapterError(
+            f"the soft prompt is {list(adapter.prompt.shape)}, the model's embeddings are {args.dim} wide: "
+            "it was trained for another model"
+        )
     return adapter
 
 
@@ -38,8 +43,6 @@ def n_virtual_tokens(adapter: Adapter | None) -> int:
 def apply_adapter(model: Transformer, adapter: Adapter | None) -> KVCache | None:
     """Put LoRA's matrices into the model, or give a soft prompt's keys and values for `Engine`; a collective."""
     if isinstance(adapter, LoraAdapter):
-        from llama.finetuning.lora import load_lora
-
         load_lora(model, adapter)
     return prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
 

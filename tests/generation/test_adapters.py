@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from ranks import RankPools
 from support import DIM, hf_model, sentencepiece_model, write_meta
 
@@ -36,9 +36,24 @@ def peft_twin() -> PeftModel:
     return model
 
 
-def greedy_by_peft(prompt: list[int], n_new: int = N_NEW) -> list[int]:
+@cache
+def lora_twin() -> PeftModel:
+    """PEFT over transformers' model, with random matrices of LoRA on linears of every kind of cut."""
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]
+    )
+    model = get_peft_model(hf_model("2"), config).eval()
+    generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
-        tokens = peft_twin().generate(
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def greedy_by_peft(prompt: list[int], n_new: int = N_NEW, model: PeftModel | None = None) -> list[int]:
+    with torch.no_grad():
+        tokens = (model or peft_twin()).generate(
             input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=n_new, do_sample=False, eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
@@ -159,3 +174,53 @@ def test_the_line_that_tells_what_was_loaded(folder: Path, capsys: pytest.Captur
     assert f"with a soft prompt of {N_VIRTUAL} tokens" in capsys.readouterr().err
     build(folder, None)
     assert "soft prompt" not in capsys.readouterr().err
+
+
+# -- LoRA ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def lora_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What PEFT itself saves."""
+    folder = tmp_path_factory.mktemp("lora")
+    lora_twin().save_pretrained(folder)
+    return folder
+
+
+def test_lora_gives_what_peft_gives(folder: Path, lora_folder: Path, base: Llama) -> None:
+    llama = build(folder, lora_folder)
+    expected = [greedy_by_peft(prompt, model=lora_twin()) for prompt in PROMPTS]
+    assert llama.generate(PROMPTS, N_NEW, temperature=0)[0] == expected
+    assert base.generate(PROMPTS, N_NEW, temperature=0)[0] != expected
+    prompt = PROMPTS[2]
+    _, scores = llama.generate([prompt], 0, echo=True, logprobs=True)
+    assert scores is not None
+    with torch.no_grad():
+        logits = lora_twin()(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert scores[0][1:] == pytest.approx([logits[i, t].item() for i, t in enumerate(prompt[1:])], abs=NATS)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_lora_is_the_same_at_every_world_size(
+    pools: RankPools, folder: Path, lora_folder: Path, world_size: int
+) -> None:
+    expected = [greedy_by_peft(prompt, model=lora_twin()) for prompt in PROMPTS]
+    for tokens, _ in pools.run(world_size, greedy_on_rank, folder, lora_folder):
+        assert [new[len(prompt) :] for prompt, new in zip(PROMPTS, tokens, strict=True)] == expected
+
+
+def test_lora_is_told_and_checked(folder: Path, lora_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(folder, lora_folder)
+    assert "with LoRA r 4 on wq, wv, w2" in capsys.readouterr().err
+    with pytest.raises(AdapterError, match="no adapter"):
+        build(folder, folder / "nowhere")
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def test_a_soft_prompt_that_peft_saved(folder: Path, tuned: Llama, tmp_path: Path) -> None:
+    peft_twin().save_pretrained(tmp_path)
+    expected = tuned.generate(PROMPTS, N_NEW, temperature=0)
+    for path in (tmp_path, str(tmp_path / "adapter_model.safetensors")):
+        assert build(folder, path).generate(PROMPTS, N_NEW, temperature=0) == expected
