@@ -23,9 +23,9 @@ from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.source import open_checkpoint
 from llama.config import ModelArgs
 from llama.errors import LlamaError
-from llama.generation.command import Settings, Tasks, expected_work
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
+from llama.generation.tasks import Settings, Tasks, expected_work
 from llama.geometries import geometry
 from llama.model import Transformer
 from llama.parallel import groups
