@@ -53,9 +53,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("ranks", [None, 4])
-def test_instructions_go_through_alpacas_template(
-    folder: Path, tuned: Llama, tmp_path: Path, ranks: int | None
-) -> None:
+def test_instructions_go_into_alpacas_template(folder: Path, tuned: Llama, tmp_path: Path, ranks: int | None) -> None:
     """The ancestor's command, at its four ranks and at one; its .bin may have become .safetensors."""
     file = tmp_path / "out.json"
     run = answer(folder, "--instructions", json.dumps(INSTRUCTIONS), "--output_json", file, ranks=ranks)
@@ -83,7 +81,7 @@ def test_an_input_another_template_and_a_stream(folder: Path, tuned: Llama, tmp_
         "--output_json",
         file,
     )
-    run = answer(folder, *words)
+    run = answer(folder, *words, "--output_json", file)
     assert run.code == 0, run.err
     (record,) = results(file)
     ids = Llama2Format(tuned.tokenizer).encode([{"role": "user", "content": "the fox\n\nw11 w12"}])
