@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llama.attention import attend
+
 # Tokens of one prefill pass: bounds activations, however long or many the prompts.
 PREFILL_TOKENS = 4096
 
@@ -80,6 +82,11 @@ class CacheView:
             return None
         entries = torch.arange(self.visible, device=positions.device)
         return (entries <= positions.unsqueeze(-1)).unsqueeze(1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep k and v, and attend over all that the queries see: see `llama.attention.Context`."""
+        keys, values = self.update(layer, k, v, positions)
+        return attend(q, keys, values, mask)
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [B, T, K, D] at `positions` [B, T]; return what the queries see, [B, K, S, D]."""

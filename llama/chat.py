@@ -191,7 +191,7 @@ class Llama3Format(ChatFormat):
         if missing:
             raise TokenizerError(
                 f"the llama3 chat format needs {missing[0]}, which this {tokenizer.kind} tokenizer of "
-                f"{tokenizer.n_words:,} tokens lacks: use --chat_format llama2 or alpaca"
+                f"{tokenizer.n_words:,} tokens lacks: use the format llama2 or alpaca"
             )
         self._start, self._end, self._eot = (tokenizer.special_tokens[token] for token in self.needs)
 

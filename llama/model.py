@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.cache import CacheView, KVCache
+from llama.attention import Context, attend
+from llama.cache import KVCache
 from llama.config import ModelArgs
 from llama.parallel import groups
 from llama.parallel.collectives import copy_to_ranks, gather_last
 from llama.parallel.groups import Ranks
 from llama.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.parallel.partition import Partition
-from llama.rope import apply_rope, rope_frequencies, rope_table
+from llama.rope import apply_rope, rope_frequencies, rope_table, widened
 
 Table = tuple[Tensor, Tensor]
 
@@ -39,7 +40,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] to [..., E]."""
-        wide = x.float()
+        wide = widened(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
@@ -86,38 +87,15 @@ class Attention(nn.Module):
         self.wv = build.column(args.dim, kv_width, partition.kv_rows)
         self.wo = build.row(q_width, args.dim, partition.q_rows)
 
-    def forward(
-        self, x: Tensor, table: Table, positions: Tensor, cache: CacheView | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None) -> Tensor:
         """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         heads = (-1, self.head_dim)
         q = apply_rope(self.wq(x).unflatten(-1, heads), table)  # [B, T, H, D]
         k = apply_rope(self.wk(x).unflatten(-1, heads), table)  # [B, T, K, D]
         v = self.wv(x).unflatten(-1, heads)
         if cache is None:
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
-        else:
-            k, v = cache.update(self.layer, k, v, positions)  # [B, K, S, D]
-        return self.wo(attend(q, k, v, mask))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [B, T, H, D] over k and v [B, K, S, D] to [B, T, H * D].
-
-    Args:
-        mask: [B or 1, 1, T, S] bool, True where a query sees an entry; None for causal (T equals S).
-    """
-    batch, n_tokens, n_heads, _ = q.shape
-    n_groups = k.shape[1]
-    if n_tokens == 1:
-        # One token: the heads of a group become the queries of one head, and no key is copied.
-        grouped = q.reshape(batch, n_groups, n_heads // n_groups, -1)
-        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-        return out.reshape(batch, 1, -1)
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_groups != n_heads
-    )
-    return out.transpose(1, 2).flatten(2)
+            return self.wo(attend(q, k.transpose(1, 2), v.transpose(1, 2), mask))
+        return self.wo(cache.attend(self.layer, q, k, v, positions, mask))
 
 
 class FeedForward(nn.Module):
@@ -146,9 +124,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = build.norm()
         self.ffn_norm = build.norm()
 
-    def forward(
-        self, x: Tensor, table: Table, positions: Tensor, cache: CacheView | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, table: Table, positions: Tensor, cache: Context | None, mask: Tensor | None) -> Tensor:
         """[B, T, E] to [B, T, E]; see `Transformer.forward`."""
         normed = copy_to_ranks(self.attention_norm(x), self.ranks)
         x = x + self.attention(normed, table, positions, cache, mask)
@@ -200,7 +176,7 @@ class Transformer(nn.Module):
         tokens: Tensor | None = None,
         embeddings: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: CacheView | None = None,
+        cache: Context | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """The normed residual stream after the last block: [B, T, E]. Arguments as in `forward`."""
@@ -215,15 +191,15 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """This rank's part of the logits: [..., E] to [..., V'] float32."""
-        return self.output(copy_to_ranks(hidden, self.ranks)).float()
+        """This rank's part of the logits: [..., E] to [..., V'] float32, or wider where the model is."""
+        return widened(self.output(copy_to_ranks(hidden, self.ranks)))
 
     def forward(
         self,
         tokens: Tensor | None = None,
         embeddings: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: CacheView | None = None,
+        cache: Context | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
         """Logits of this rank's part of the vocabulary, [B, T, V'] float32; see `gather_logits`.
@@ -232,7 +208,7 @@ class Transformer(nn.Module):
             tokens: [B, T] int64.
             embeddings: [B, T, E] in place of tokens.
             positions: [B, T] int64; None counts from 0.
-            cache: where keys and values are kept; None attends among the given tokens alone.
+            cache: what else is seen, such as a view of a `KVCache`; None attends among the given tokens alone.
             mask: [B or 1, 1, T, S] bool, True where a query sees an entry; None is causal.
         """
         return self.logits(self.hidden(tokens, embeddings, positions, cache, mask))

@@ -9,7 +9,7 @@ import pytest
 
 # What each part of llama/ may import, by the part's first name; a part may always import itself.
 BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "cache", "parallel", "device", "noise"}
+MODEL = BASE | {"rope", "attention", "cache", "parallel", "device", "noise"}
 TEXT = {"errors", "tokenizer"}
 ALLOWED = {
     "errors": set(),
@@ -18,7 +18,8 @@ ALLOWED = {
     "config": {"errors", "console"},
     "geometries": {"errors", "config"},
     "rope": {"config"},
-    "cache": set(),
+    "attention": set(),
+    "cache": {"attention"},
     "noise": set(),
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},

@@ -55,7 +55,7 @@ class Template:
         return self.format.encode_answered(self._dialog(record), record.output)
 
     def _dialog(self, record: Record) -> list[Message]:
-        if record.input and isinstance(self.format, AlpacaFormat):
+        if isinstance(self.format, AlpacaFormat):
             return [_message("system", record.instruction), _message("user", record.input)]
         between = "\n" if isinstance(self.format, PlainFormat) else "\n\n"
         text = f"{record.instruction}{between}{record.input}" if record.input else record.instruction

@@ -26,6 +26,7 @@ from llama.finetuning.trained import Trained, own_part
 from llama.model import Transformer
 from llama.noise import GOLDEN, dropped, mix, noise_key
 from llama.parallel.collectives import reduce_from_ranks
+from llama.parallel.groups import Ranks
 
 
 class _Dropout:
@@ -131,6 +132,20 @@ class Lora:
                 where there are several. It stays until the backward is done, which may recompute.
         """
         self._step.fill_(step)
+
+    @property
+    def n_virtual(self) -> int:
+        """No virtual tokens."""
+        return 0
+
+    def embeddings(self) -> None:
+        """No virtual tokens, no embeddings."""
+        return
+
+    def begin_pass(self, step: int, micro: int) -> None:
+        """Choose what dropout leaves out in batch `micro` of an optimiser step; copies of the model differ in it."""
+        replicas = self._model.ranks.replicas or Ranks()
+        self.begin_step(((step << 20) + micro) * replicas.world_size + replicas.rank)
 
     def adapter(self, base_model: str | None = None) -> LoraAdapter:
         """The whole matrices on the CPU, the same on every rank; a collective.

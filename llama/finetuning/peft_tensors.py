@@ -22,7 +22,6 @@ from llama.finetuning.peft_config import count, module_of, number, targeted, tru
 PROMPT_KEY = "prompt_embeddings"
 # "base_model.model." + Hugging Face's module + side; a model's own state dict has the adapter's name before "weight".
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
-_LAYER = re.compile(r"\.layers\.(\d+)\.")
 OTHER_MODEL = "it was trained for another model"
 
 Stored = Mapping[str, StoredTensor]
@@ -76,7 +75,7 @@ def read_lora(file: Path, stored: Stored, config_path: Path, config: Mapping[str
     r = count(config_path, config, "r")
     keys = _lora_keys(file, stored, args)
     table = {name: spec for name, spec in linears(args).items() if spec.name in keys}
-    _check_announced(file, table, targeted(config_path, config, linears(args).values()))
+    _check_announced(file, table, targeted(config_path, config, linears(args).values()), args.n_layers)
     dropout = number(config_path, config, "lora_dropout")
     if not 0 <= dropout < 1:
         raise AdapterError(f"{config_path}: lora_dropout must be at least 0 and less than 1, found {dropout}")
@@ -130,24 +129,33 @@ def _lora_keys(file: Path, stored: Stored, args: ModelArgs) -> dict[str, dict[st
 
 
 def _check_layer(file: Path, key: str, args: ModelArgs) -> None:
-    match = _LAYER.search(key)
-    if match is not None and int(match[1]) >= args.n_layers:
+    layer = _layer(key)
+    if layer >= args.n_layers:
         raise AdapterError(
-            f"{file}: {key} belongs to layer {match[1]}, the model has {args.n_layers} layers (from 0): {OTHER_MODEL}"
+            f"{file}: {key} belongs to layer {layer}, the model has {args.n_layers} layers (from 0): {OTHER_MODEL}"
         )
 
 
-def _check_announced(file: Path, found: Mapping[str, Spec], announced: set[str] | None) -> None:
+def _layer(name: str) -> int:
+    """The layer that a name tells, or -1."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return -1 if match is None else int(match[1])
+
+
+def _check_announced(file: Path, found: Mapping[str, Spec], announced: set[str] | None, n_layers: int) -> None:
     if announced is None:
         return
     modules = {module_of(spec) for spec in found.values()}
+    missing, strange = sorted(announced - modules), sorted(modules - announced)
+    last = max(map(_layer, modules))
+    if missing and all(_layer(module) > last for module in missing):
+        raise AdapterError(f"{file} ends with layer {last}, the model has {n_layers} layers (from 0): {OTHER_MODEL}")
     for names, what in (
-        (announced - modules, "lacks the updates of {}, which target_modules in adapter_config.json announces"),
-        (modules - announced, "has updates of {}, which target_modules in adapter_config.json does not announce"),
+        (missing, "lacks the updates of {}, which target_modules in adapter_config.json announces"),
+        (strange, "has updates of {}, which target_modules in adapter_config.json does not announce"),
     ):
         if names:
-            listed = what.format(_list(sorted(names)))
-            raise AdapterError(f"{file} {listed}: copy both files again from where the adapter came from")
+            raise AdapterError(f"{file} {what.format(_list(names))}: copy both files again from where they came from")
 
 
 def _read_pair(

@@ -40,6 +40,8 @@ class Ranks:
         group: the model-parallel group, None for one process.
         control: a gloo group over the same ranks for commands, with endless patience.
         device: where this rank computes.
+        replicas: this process among those that hold the same shard of other copies of the model, which learn
+            from other examples; None where there is one copy.
     """
 
     rank: int = 0
@@ -47,6 +49,7 @@ class Ranks:
     group: Any = None
     control: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    replicas: Ranks | None = None
 
 
 _current = Ranks()
@@ -169,9 +172,13 @@ def _model_groups(device: torch.device, size: int) -> Ranks:
         group = dist.new_group(members, backend="gloo", timeout=PATIENCE)
         if dist.get_rank() in members:
             control = group
+    replicas = None
+    if dist.get_world_size() > size:
+        place, group = fairscale_groups.get_data_parallel_rank(), fairscale_groups.get_data_parallel_group()
+        replicas = Ranks(place, dist.get_world_size() // size, group, None, device)
     if size == 1:
-        return Ranks(device=device, control=control)
-    return Ranks(rank, size, fairscale_groups.get_model_parallel_group(), control, device)
+        return Ranks(device=device, control=control, replicas=replicas)
+    return Ranks(rank, size, fairscale_groups.get_model_parallel_group(), control, device, replicas)
 
 
 def stop() -> None:
@@ -233,7 +240,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def exchange(text: str) -> list[str]:
-    """The `text` of every process, in order, before any group exists; every process makes this call.
+    """The `text` of every process, in order, groups or not; every process makes this call.
 
     Raises:
         RankLostError: when a process goes away meanwhile.

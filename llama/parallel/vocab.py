@@ -19,10 +19,19 @@ def log_sum_exp(logits: Tensor, ranks: Ranks) -> Tensor:
     return largest + all_reduce((local - largest).exp(), ranks).log()
 
 
+def logits_of(logits: Tensor, targets: Tensor, own: range, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
+    """The logit of each target, wherever it lies: logits [..., V'], targets [...] int64 to [...].
+
+    Returns:
+        The logits; which targets are this rank's own, [...] bool; where it has them, [...] int64 (0 for others).
+    """
+    local = targets - own.start
+    mine = (local >= 0) & (local < len(own))
+    local = local.masked_fill(~mine, 0)
+    picked = logits.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+    return all_reduce(picked.masked_fill(~mine, 0.0), ranks), mine, local
+
+
 def log_probs_of(logits: Tensor, targets: Tensor, own: range, ranks: Ranks) -> Tensor:
     """Log-probability of each target: logits [..., V'] float32, targets [...] int64 to [...] float32."""
-    local = targets - own.start
-    foreign = (local < 0) | (local >= len(own))
-    picked = logits.gather(-1, local.masked_fill(foreign, 0).unsqueeze(-1)).squeeze(-1)
-    picked = all_reduce(picked.masked_fill(foreign, 0.0), ranks)
-    return picked - log_sum_exp(logits, ranks)
+    return logits_of(logits, targets, own, ranks)[0] - log_sum_exp(logits, ranks)

@@ -1,0 +1,247 @@
+"""Training examples laid out so that what they share is computed once and nothing is padded.
+
+All tokens of a batch stand in one row, without padding: the soft prompt, then what every example begins
+with (a template's opening words), then what many of them begin with (each template's own words), then the
+rest of each example. Linears and norms see that row. Attention alone is done group by group: a group's rows
+see their own tokens causally, and all of the shared stretches before them. The gradient is that of the
+plain computation, in which every example carries its own copy of what is shared: keys and values of a
+shared stretch are used by every example, and autograd sums what flows back to them.
+
+Shape legend: N tokens of the batch, P virtual tokens, G rows of a group, T tokens of its longest row,
+C tokens that a group sees before its own, H query heads and K KV heads of this rank, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from llama.attention import attend
+from llama.data.examples import Example
+
+# A template's own words are worth an attention call of their own from so many tokens on.
+SHORTEST_STEM = 8
+# A row shorter than this part of its group's longest one begins another group.
+EVENNESS = 0.7
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that are attended together.
+
+    Args:
+        start: place of the first row's first token; the rows lie end to end from there.
+        lengths: tokens of each row.
+        before: stretches [start, stop) that every row sees whole, in the order of their positions.
+    """
+
+    start: int
+    lengths: tuple[int, ...]
+    before: tuple[Span, ...] = ()
+
+    @property
+    def stop(self) -> int:
+        """Place behind the last row's last token."""
+        return self.start + sum(self.lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all rows are of one length."""
+        return len(set(self.lengths)) == 1
+
+    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Where the padded rows take their tokens, [G * T] int64 (counted from `start`), and where they go back."""
+        lengths = torch.tensor(self.lengths)
+        steps = torch.arange(int(lengths.max()))
+        starts = lengths.cumsum(0) - lengths
+        real = steps < lengths[:, None]
+        # A padded place repeats the row's first token: later places are seen by no real one.
+        taken = starts[:, None] + steps * real
+        return taken.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device)
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """[T, C + T] bool, True where a query sees an entry; None for plain causal attention."""
+        n_before = sum(stop - start for start, stop in self.before)
+        if n_before == 0:
+            return None
+        width = max(self.lengths)
+        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+        return torch.cat((own.new_ones(width, n_before), own), dim=1)
+
+
+@dataclass
+class Packed:
+    """A batch in one row; a `llama.attention.Context` of one forward pass and its backward.
+
+    Args:
+        tokens: ids behind the soft prompt, [1, N - P] int64.
+        positions: [1, N] int64; every example's begin at 0 with the soft prompt.
+        groups: in the order of the row, of which they cover all.
+        supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
+        targets: those next tokens, [M] int64.
+        weights: how many examples learn each of them, [M] float32.
+        n_real: tokens that the plain computation would have without padding: every example's own, the virtual
+            ones not counted.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    groups: tuple[Group, ...]
+    supervised: Tensor
+    targets: Tensor
+    weights: Tensor
+    n_real: int
+    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = self.tokens.device
+        for number, group in enumerate(self.groups):
+            self._masks[number] = group.mask(device)
+            if not group.is_even:
+                self._places[number] = group.rows(device)
+
+    @property
+    def n_targets(self) -> float:
+        """Tokens that are learnt, as often as examples learn them."""
+        return float(self.weights.sum())
+
+    @property
+    def n_computed(self) -> int:
+        """Tokens that pass through the model, virtual ones included."""
+        return self.positions.shape[1]
+
+    @property
+    def padding(self) -> float:
+        """The part of padding in what attention computes; linears compute none."""
+        padded = sum(max(group.lengths) * len(group.lengths) for group in self.groups)
+        return 1 - self.n_computed / padded
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """No mask serves all tokens: every group has its own."""
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], group by group."""
+        row_q, row_k, row_v = q[0], k[0], v[0]
+        parts = [self._attend_group(number, row_q, row_k, row_v) for number in range(len(self.groups))]
+        return torch.cat(parts).unsqueeze(0)
+
+    def _attend_group(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, D], k and v [N, K, D] to the group's own [n, H * D]."""
+        group, places = self.groups[number], self._places.get(number)
+
+        def own(x: Tensor) -> Tensor:
+            x = x[group.start : group.stop]
+            x = x if places is None else x.index_select(0, places[0])
+            return x.unflatten(0, (len(group.lengths), -1))  # [G, T, heads, D]
+
+        def seen(x: Tensor) -> Tensor:
+            before = [x[start:stop].expand(len(group.lengths), -1, -1, -1) for start, stop in group.before]
+            return torch.cat((*before, own(x)), dim=1).transpose(1, 2)  # [G, K, C + T, D]
+
+        out = attend(own(q), seen(k), seen(v), self._masks[number]).flatten(0, 1)
+        return out if places is None else out.index_select(0, places[1])
+
+
+def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
+    """Lay a batch out.
+
+    Args:
+        examples: at least one.
+        n_virtual: virtual tokens before every example's BOS.
+        device: where the tensors are made.
+        share: whether what examples have in common is computed once; off, only the soft prompt is.
+    """
+    return _Packer(examples, n_virtual, share).packed(device)
+
+
+class _Packer:
+    """Collects the row; `paths` says where each example's tokens ended up."""
+
+    def __init__(self, examples: Sequence[Example], n_virtual: int, share: bool) -> None:
+        self.examples, self.n_virtual = examples, n_virtual
+        # The last token is only ever a target.
+        self.inputs = [example.tokens[:-1] for example in examples]
+        self.row: list[int] = []
+        self.positions = list(range(n_virtual))
+        self.groups: list[Group] = []
+        self.paths: list[list[int]] = [[] for _ in examples]
+        everyone = list(range(len(examples)))
+        n_shared = self._common(everyone) if share else 0
+        before = self._add_shared(everyone, range(n_shared), (), place=0)
+        for members in self._branches(everyone, n_shared) if share else [everyone]:
+            stop = self._common(members) if len(members) > 1 and share else n_shared
+            if stop - n_shared < SHORTEST_STEM:
+                stop = n_shared
+            self._add_examples(members, stop, self._add_shared(members, range(n_shared, stop), before))
+
+    def _common(self, members: Sequence[int]) -> int:
+        """How many tokens all of them begin with."""
+        rows = [self.inputs[i] for i in members]
+        # What the first and the last in order share, all between them share.
+        pairs = zip(min(rows), max(rows), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _branches(self, members: Sequence[int], at: int) -> list[list[int]]:
+        """Members by their token at `at`, those that stand alone together."""
+        counts = Counter(self.inputs[i][at : at + 1] for i in members)
+        if len(counts) == 1:
+            return [list(members)]
+        branches = {key: [i for i in members if self.inputs[i][at : at + 1] == key] for key in counts}
+        together = [branch for branch in branches.values() if len(branch) > 1]
+        alone = [branch[0] for branch in branches.values() if len(branch) == 1]
+        return together + ([alone] if alone else [])
+
+    def _add_shared(
+        self, members: Sequence[int], run: range, before: tuple[Span, ...], place: int | None = None
+    ) -> tuple[Span, ...]:
+        """Add the tokens `run` of the members' beginning, a stretch from `place` on; return what is seen after it."""
+        place = len(self.positions) if place is None else place
+        self._add_tokens(members, run)
+        if len(self.positions) == place:
+            return before
+        self.groups.append(Group(place, (len(self.positions) - place,), before))
+        return (*before, (place, len(self.positions)))
+
+    def _add_examples(self, members: Sequence[int], start: int, before: tuple[Span, ...]) -> None:
+        """Add the members' own tokens from `start` on, in groups of similar length."""
+        rest = sorted((i for i in members if len(self.inputs[i]) > start), key=lambda i: -len(self.inputs[i]))
+        while rest:
+            longest = len(self.inputs[rest[0]]) - start
+            group = [i for i in rest if len(self.inputs[i]) - start >= EVENNESS * longest]
+            place = len(self.positions)
+            for i in group:
+                self._add_tokens([i], range(start, len(self.inputs[i])))
+            self.groups.append(Group(place, tuple(len(self.inputs[i]) - start for i in group), before))
+            rest = rest[len(group) :]
+
+    def _add_tokens(self, members: Sequence[int], run: range) -> None:
+        places = range(len(self.positions), len(self.positions) + len(run))
+        self.row += self.inputs[members[0]][run.start : run.stop]
+        self.positions += range(self.n_virtual + run.start, self.n_virtual + run.stop)
+        for i in members:
+            self.paths[i] += places
+
+    def packed(self, device: torch.device) -> Packed:
+        learnt: Counter[tuple[int, int]] = Counter()
+        for example, path in zip(self.examples, self.paths, strict=True):
+            first = example.n_context
+            learnt.update(zip(path[first - 1 :], example.tokens[first:], strict=True))
+        places, targets = zip(*learnt, strict=True)
+        return Packed(
+            tokens=torch.tensor([self.row], device=device, dtype=torch.int64),
+            positions=torch.tensor([self.positions], device=device),
+            groups=tuple(self.groups),
+            supervised=torch.tensor(places, device=device),
+            targets=torch.tensor(targets, device=device),
+            weights=torch.tensor(list(learnt.values()), device=device, dtype=torch.float32),
+            n_real=sum(len(example.tokens) for example in self.examples),
+        )

@@ -1,0 +1,109 @@
+"""What a training run is asked to do, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from llama.errors import UsageError
+
+METHODS = ("prompt", "lora")
+INITS = ("text", "random")
+SCHEDULERS = ("constant", "linear", "cosine")
+TEMPLATES = ("alpaca", "llama2", "llama3", "plain")
+TRAINERS = ("native", "hf")
+# What may differ when a run goes on: it changes where and how fast, not what is computed.
+FREE_ON_RESUME = ("save_steps", "save_total_limit", "activation_checkpointing", "compile")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """A run's settings; the names are those of the flags of `ft_main.py`, which explains them.
+
+    Raises:
+        UsageError: for a value that cannot be, naming the flag.
+    """
+
+    method: str = "prompt"
+    trainer: str = "native"
+    template: str = "alpaca"
+    num_virtual_tokens: int = 32
+    init: str = "text"
+    init_text: str | None = None
+    lora_r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.05
+    lora_targets: str = "wq,wv"
+    use_rslora: bool = False
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    num_epochs: float = 3.0
+    max_steps: int | None = None
+    lr: float = 0.03
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_seq_len: int = 512
+    train_on_prompt: bool = False
+    eval_fraction: float = 0.0
+    eval_steps: int = 100
+    save_steps: int = 100
+    save_total_limit: int = 2
+    seed: int = 1
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        for name in (
+            "num_virtual_tokens", "lora_r", "batch_size", "gradient_accumulation_steps",
+            "eval_steps", "save_steps", "save_total_limit",
+        ):  # fmt: skip
+            _check(name, getattr(self, name) >= 1, "1 or more", getattr(self, name))
+        _check("max_seq_len", self.max_seq_len >= 2, "2 or more", self.max_seq_len)
+        _check("max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more", self.max_steps)
+        _check("warmup_steps", self.warmup_steps >= 0, "0 or more", self.warmup_steps)
+        _check("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1", self.seed)
+        for name in ("num_epochs", "lr", "lora_alpha", "max_grad_norm"):
+            value = getattr(self, name)
+            _check(name, math.isfinite(value) and value > 0, "above 0", value)
+        _check(
+            "weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more", self.weight_decay
+        )
+        for name in ("lora_dropout", "eval_fraction"):
+            _check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1", getattr(self, name))
+
+    def _check_choices(self) -> None:
+        for name, known in (
+            ("method", METHODS), ("trainer", TRAINERS), ("template", TEMPLATES), ("init", INITS),
+            ("lr_scheduler", SCHEDULERS),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(f"--{name} takes {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
+
+    def decisive(self) -> dict[str, object]:
+        """What decides the result, and so must not change when a run goes on."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
+
+    def n_steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of the whole run."""
+        by_epochs = max(1, math.ceil(self.num_epochs * steps_per_epoch))
+        return by_epochs if self.max_steps is None else self.max_steps
+
+    def learning_rate(self, step: int, n_steps: int) -> float:
+        """Of the optimiser step `step`, counted from 0: a linear warm-up, then constant or down towards zero."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, n_steps - self.warmup_steps)
+        if self.lr_scheduler == "linear":
+            return self.lr * max(0.0, 1 - done)
+        if self.lr_scheduler == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.lr
+
+
+def _check(name: str, good: bool, range_: str, value: object) -> None:
+    if not good:
+        raise UsageError(f"--{name} must be {range_}, is {value}")

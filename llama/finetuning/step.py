@@ -1,0 +1,225 @@
+"""One optimiser step: the loss of a batch, its gradient on every rank, one update.
+
+Ranks of one model compute the same batch; copies of the model share it out and sum their gradients, which
+are those of the trained tensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.data.batches import shard
+from llama.data.examples import Example
+from llama.errors import TrainingError
+from llama.finetuning.adapters import Adapter
+from llama.finetuning.gradients import clip, gradient_norm, settle
+from llama.finetuning.loss import cross_entropy
+from llama.finetuning.packing import Packed, pack
+from llama.finetuning.trained import Trained
+from llama.model import Transformer
+from llama.parallel import groups
+from llama.parallel.collectives import all_reduce
+from llama.parallel.groups import Ranks
+
+# float16's smallest normal number is 6e-5: gradients are scaled up before they meet it (arXiv:1710.03740).
+FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
+
+
+class Tuning(Protocol):
+    """A method of fine-tuning: `SoftPrompt` or `Lora`."""
+
+    trained: list[Trained]
+
+    @property
+    def n_virtual(self) -> int:
+        """Virtual tokens before every text."""
+
+    def embeddings(self) -> Tensor | None:
+        """Their embeddings, [n_virtual, dim] float32, with gradient."""
+
+    def begin_pass(self, step: int, micro: int) -> None:
+        """What is random in the next pass follows from these two numbers."""
+
+    def adapter(self, base_model: str | None = None) -> Adapter:
+        """What was learnt, whole; a collective call."""
+
+
+@dataclass
+class LossScale:
+    """The factor that keeps float16's gradients above its smallest number; 1 for other dtypes.
+
+    Args:
+        value: the factor.
+        n_good: steps since it was last changed.
+        is_dynamic: whether it changes at all.
+    """
+
+    value: float = 1.0
+    n_good: int = 0
+    is_dynamic: bool = False
+
+    @classmethod
+    def create(cls, dtype: torch.dtype) -> LossScale:
+        """The scale that a model computing in `dtype` starts with."""
+        return cls(FIRST_SCALE, 0, True) if dtype == torch.float16 else cls()
+
+    def update(self, overflowed: bool) -> None:
+        """Halve it after an overflow, double it after many steps without one."""
+        if not self.is_dynamic:
+            return
+        self.n_good = 0 if overflowed else self.n_good + 1
+        if overflowed:
+            self.value /= 2
+        elif self.n_good == GROWTH_STEPS:
+            self.value, self.n_good = self.value * 2, 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step was.
+
+    Args:
+        loss: mean over the batch's learnt tokens, in nats.
+        grad_norm: of the whole gradient, before clipping.
+        n_tokens: the examples' own tokens, in all copies of the model.
+        skipped: whether float16 overflowed, so that nothing was updated.
+    """
+
+    loss: float
+    grad_norm: float
+    n_tokens: int
+    skipped: bool = False
+
+
+class Stepper:
+    """Takes optimiser steps on one model.
+
+    Args:
+        model: this rank's shard, frozen.
+        tuning: what is trained.
+        optimizer: over the parameters of `tuning.trained`.
+        max_grad_norm: gradients of a larger norm are scaled down to it.
+        share: whether what examples have in common is computed once.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tuning: Tuning,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float,
+        share: bool = True,
+    ) -> None:
+        self.model, self.tuning, self.optimizer, self.share = model, tuning, optimizer, share
+        self.max_grad_norm = max_grad_norm
+        self.scale = LossScale.create(model.norm.weight.dtype)
+        self.replicas = model.ranks.replicas or Ranks()
+
+    def run(self, step: int, batches: Sequence[Sequence[Example]]) -> StepResult:
+        """Accumulate the gradients of `batches` (whole ones; every copy of the model takes its share) and update.
+
+        Args:
+            step: number of the step, from 0.
+            batches: as many as are accumulated.
+
+        Raises:
+            TrainingError: when the loss or the gradient is no number; nothing was updated then.
+        """
+        self.model.train()
+        factor = self.scale.value / n_targets(example for batch in batches for example in batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.model.ranks.device)
+        for micro, batch in enumerate(batches):
+            share = shard(
+                range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch]
+            )
+            if share:
+                self.tuning.begin_pass(step, micro)
+                loss = self.loss([batch[i] for i in share], factor)
+                loss.backward()
+                total += loss.detach().double()
+        loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
+        settle(self.tuning.trained, self.model.ranks, self.replicas)
+        norm = gradient_norm(self.tuning.trained, self.model.ranks) / self.scale.value
+        n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
+        result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))
+        self._check(result, step)
+        self.scale.update(result.skipped)
+        if not result.skipped:
+            clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
+            self.optimizer.step()
+        return result
+
+    def _share(self, batch: Sequence[Example]) -> list[Example]:
+        """What this copy of the model learns from a batch."""
+        lengths = [len(example.tokens) for example in batch]
+        return [batch[i] for i in shard(range(len(batch)), self.replicas.rank, self.replicas.world_size, lengths)]
+
+    def loss(self, examples: Sequence[Example], factor: float) -> Tensor:
+        """Sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
+        packed = self.pack(examples)
+        hidden = self.model.hidden(embeddings=self._embed(packed), positions=packed.positions, cache=packed)
+        supervised = hidden[0].index_select(0, packed.supervised)
+        return cross_entropy(self.model, supervised, packed.targets, packed.weights, factor)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
+        """Mean loss over the learnt tokens of all batches, in nats; copies of the model share the batches out."""
+        self.model.eval()
+        # The losses, and how many tokens they are of.
+        sums = torch.zeros(2, dtype=torch.float64, device=self.model.ranks.device)
+        for number, batch in enumerate(batches):
+            if number % self.replicas.world_size == self.replicas.rank:
+                sums += torch.stack((self.loss(batch, 1.0).double(), sums.new_tensor(n_targets(batch))))
+        loss, count = all_reduce(sums, self.replicas).tolist()
+        return loss / count
+
+    def pack(self, examples: Sequence[Example]) -> Packed:
+        """The examples in one row, on this rank's device."""
+        return pack(examples, self.tuning.n_virtual, self.model.ranks.device, self.share)
+
+    def _embed(self, packed: Packed) -> Tensor:
+        """[1, N, E] in the model's dtype: the soft prompt, where there is one, and the tokens."""
+        text = self.model.tok_embeddings(packed.tokens)
+        prompt = self.tuning.embeddings()
+        return text if prompt is None else torch.cat((prompt.to(text.dtype).unsqueeze(0), text), dim=1)
+
+    def _check(self, result: StepResult, step: int) -> None:
+        if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or self._may_back_off()):
+            return
+        what = "loss" if not math.isfinite(result.loss) else "gradient"
+        raise TrainingError(
+            f"the {what} is no finite number at step {step + 1}: nothing was updated; "
+            "lower --lr, or compute in --dtype bf16 or fp32"
+        )
+
+    def _may_back_off(self) -> bool:
+        return self.scale.is_dynamic and self.scale.value > 1
+
+
+def n_targets(examples: Iterable[Example]) -> int:
+    """Tokens that the examples teach."""
+    return sum(example.n_learnt for example in examples)
+
+
+def check_same_batch(batches: Sequence[Sequence[Example]], step: int) -> None:
+    """Whether all processes see the same examples, of which copies of the model take their shares: a collective call.
+
+    Raises:
+        TrainingError: when they differ, which would train no model at all.
+    """
+    seen = hashlib.sha256(repr([[example.tokens for example in batch] for batch in batches]).encode()).hexdigest()
+    digests = groups.exchange(seen)
+    strangers = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if strangers:
+        raise TrainingError(
+            f"rank {strangers[0]} has other examples than rank 0 at step {step + 1}: do all machines read the same "
+            "data set and tokenizer?"
+        )
