@@ -12,7 +12,6 @@ from llama.config import ModelArgs
 from llama.errors import AdapterError
 from llama.finetuning.adapter_files import read_adapter
 from llama.finetuning.adapters import Adapter, LoraAdapter, PromptAdapter
-from llama.finetuning.lora import load_lora
 from llama.finetuning.targets import check_fits
 from llama.model import Transformer
 
@@ -40,16 +39,9 @@ def n_virtual_tokens(adapter: Adapter | None) -> int:
     return adapter.prompt.shape[0] if isinstance(adapter, PromptAdapter) else 0
 
 
-def apply_adapter(model: Transformer, adapter: Adapter | None) -> KVCache | None:
-    """Put LoRA's matrices into the model, or give a soft prompt's keys and values for `Engine`; a collective."""
-    if isinstance(adapter, LoraAdapter):
-        load_lora(model, adapter)
-    return prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
-
-
 @torch.inference_mode()
 def prefix_of(model: Transformer, prompt: Tensor) -> KVCache:
-    """The keys and values of embeddings [P, dim] at positions 0 to P - 1: a full cache of one slot.
+    """The keys and values of embeddings [P, dim] at positions 0 to P - 1: a full cache of one slot; a collective.
 
     They are computed in the model's dtype, as PEFT does, and are the same for every text that follows.
     """
