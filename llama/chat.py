@@ -225,7 +225,8 @@ class AlpacaFormat(ChatFormat):
         return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
 
     def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
-        return self.tokenizer.encode(self._text(dialog) + answer, bos=True, eos=True)
+        # Apart, so that what is learnt goes on from the very ids that an answer is generated from.
+        return self._encode(dialog) + self.tokenizer.encode(answer, bos=False, eos=True)
 
     def _text(self, dialog: Dialog) -> str:
         texts = [message["content"] for message in dialog]

@@ -56,4 +56,4 @@ def dropped(key: Tensor, n_rows: int, features: Tensor, p: float) -> Tensor:
     rows = mix(key + torch.arange(n_rows, device=key.device) * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))
     columns = mix(features * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))[:, 0]
     numbers = torch.addcmul(rows[:, 1:], rows[:, :1] | 1, columns)
-    return numbers < round(p * 2**32) - 2**31
+    return numbers < min(round(p * 2**32) - 2**31, 2**31 - 1)

@@ -239,10 +239,10 @@ def test_an_answered_dialog_is_how_a_longer_one_starts(tt, name, dialog, opening
     assert chat.encode(asked) == answered[: len(chat.encode(asked))]
 
 
-def test_an_answered_alpaca_prompt_is_one_text_with_eos(sp):
+def test_an_answered_alpaca_prompt_goes_on_from_the_prompt_and_ends_with_eos(sp):
     ours, encode = sp
     chat = AlpacaFormat(ours)
-    expected = [1, *encode(alpaca_prompt("Add.", "1 2") + "the 3"), 2]
+    expected = [1, *encode(alpaca_prompt("Add.", "1 2")), *encode("the 3"), 2]
     assert chat.encode_answered([system("Add."), user("1 2")], "the 3") == expected
 
 

@@ -19,7 +19,7 @@ class PlainFormat(ChatFormat):
         return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
 
     def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
-        return self.tokenizer.encode(self._text(dialog) + answer, bos=True, eos=True)
+        return self._encode(dialog) + self.tokenizer.encode(answer, bos=False, eos=True)
 
     def _text(self, dialog: Dialog) -> str:
         return "".join(f"{message['content']}\n" for message in dialog)
@@ -51,7 +51,7 @@ class Template:
         return self.format.encode(self._dialog(record))
 
     def encode(self, record: Record) -> list[int]:
-        """The ids of prompt and answer, from BOS to the id that ends the answer; in one piece but for llama3."""
+        """The ids of prompt and answer, from BOS to the id that ends the answer."""
         return self.format.encode_answered(self._dialog(record), record.output)
 
     def _dialog(self, record: Record) -> list[Message]:

@@ -25,12 +25,12 @@ from llama.finetuning.peft_config import CONFIG_NAME
 from llama.finetuning.peft_tensors import (
     PROMPT_KEY,
     Stored,
-    linears,
     lora_tensors,
     prompt_tensors,
     read_lora,
     read_prompt,
 )
+from llama.finetuning.targets import linears
 
 WEIGHTS_NAME, OLDER_WEIGHTS_NAME = "adapter_model.safetensors", "adapter_model.bin"
 # The only tensor of a prefix.N.pth: the state of the nn.Embedding that was trained.

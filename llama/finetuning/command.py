@@ -28,9 +28,23 @@ from llama.parallel import groups
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
+# What is taken where a flag is not given. A soft prompt starts from the words that open Alpaca's template.
+DEFAULTS = {
+    "batch_size": 8,
+    "num_epochs": 3.0,
+    "warmup_steps": 0,
+    "init_text": "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+}
 LEARNING_RATES = {"prompt": 0.03, "lora": 0.0003}
-# What a soft prompt starts from when nothing else is said: the words that open Alpaca's template.
-INIT_TEXT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+# The bundled model is small and has read one kind of text: its prompt starts from that, and learns fast.
+BUNDLED = {
+    "batch_size": 16,
+    "num_epochs": 5.0,
+    "warmup_steps": 20,
+    "lr": 0.1,
+    "init_text": "Below is an instruction. Answer it. Question: What is 12 + 30? Answer: 42",
+}
 
 
 def train(
@@ -50,13 +64,13 @@ def train(
     lora_dropout: float = 0.05,
     lora_targets: str = "wq,wv",
     use_rslora: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     gradient_accumulation_steps: int = 1,
-    num_epochs: float = 3.0,
+    num_epochs: float | None = None,
     max_steps: int | None = None,
     lr: float | None = None,
     lr_scheduler: str = "cosine",
-    warmup_steps: int = 0,
+    warmup_steps: int | None = None,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     max_seq_len: int = 512,
@@ -94,13 +108,13 @@ def train(
         lora_dropout: part of a linear's inputs left out of its update in training.
         lora_targets: linears that are updated, by Meta's or Hugging Face's names, or all.
         use_rslora: divide alpha by the rank's square root.
-        batch_size: examples of a batch, over all copies of the model.
+        batch_size: examples of a batch, over all copies of the model; by default 8.
         gradient_accumulation_steps: batches of one optimiser step.
-        num_epochs: passes over the data.
+        num_epochs: passes over the data; by default 3.
         max_steps: optimiser steps, in place of num_epochs.
-        lr: peak learning rate; by default 0.03 for a soft prompt and 0.0003 for lora.
+        lr: peak learning rate; by default 0.03 for a soft prompt (the bundled run 0.1) and 0.0003 for lora.
         lr_scheduler: constant, linear or cosine, after the warm-up.
-        warmup_steps: optimiser steps until the peak.
+        warmup_steps: optimiser steps until the peak; by default 0.
         weight_decay: of AdamW.
         max_grad_norm: longer gradients are shortened to this.
         max_seq_len: tokens of an example; longer ones lose their end.
@@ -131,6 +145,7 @@ def train(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
         )
         chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
+        _check_copies(settings, opened)
         description = _describe_run(settings, opened, digest(records))
         folder.check(description, resume)
     notice(f"{dataset}: {encoded.report()}")
@@ -153,15 +168,13 @@ def train(
 
 def _settings(flags: dict[str, Any]) -> TrainSettings:
     """The flags that are settings of the run, with the defaults that depend on others."""
-    names = TrainSettings.__dataclass_fields__
-    values = {name: value for name, value in flags.items() if name in names}
-    if values["lr"] is None:
-        values["lr"] = LEARNING_RATES.get(values["method"], 0.03)
-    if values["init_text"] is not None and values["init"] == "random":
+    if flags["init_text"] is not None and flags["init"] == "random":
         raise UsageError("--init random and --init_text are given together: choose one")
-    if values["method"] == "lora":
-        values["num_virtual_tokens"] = 1  # of no meaning then, and so the same in every run
-    return TrainSettings(**values)
+    given = {name: flags[name] for name in TrainSettings.__dataclass_fields__ if flags[name] is not None}
+    defaults: dict[str, Any] = {**DEFAULTS, "lr": LEARNING_RATES.get(flags["method"], 0.03)}
+    if flags["ckpt_dir"] is None and flags["method"] == "prompt":
+        defaults |= BUNDLED
+    return TrainSettings(**{**defaults, **given})
 
 
 def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
@@ -197,9 +210,24 @@ def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuni
             model, settings.lora_r, settings.lora_alpha, targets, settings.lora_dropout, settings.use_rslora,
             settings.seed,
         )  # fmt: skip
-    text = None if settings.init == "random" else settings.init_text or INIT_TEXT
+    text = None if settings.init == "random" else settings.init_text
     start = initial_embeddings(model, opened.tokenizer, settings.num_virtual_tokens, text, settings.seed)
     return SoftPrompt(model, start, text)
+
+
+def _check_copies(settings: TrainSettings, opened: Opened) -> None:
+    """Whether the trainer can do with several copies of the model."""
+    size = opened.partition.world_size
+    if settings.trainer == "hf" and size < env.world_size():
+        raise UsageError(f"--trainer hf trains one copy of the model, not {env.world_size() // size}: leave --tp out")
+
+
+def _trainer_class(settings: TrainSettings) -> type[Trainer]:
+    if settings.trainer == "native":
+        return Trainer
+    from llama.finetuning.hf_trainer import HfTrainer  # transformers takes seconds to import
+
+    return HfTrainer
 
 
 def _resume(run: Trainer) -> None:

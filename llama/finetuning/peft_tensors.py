@@ -12,12 +12,13 @@ from torch import Tensor
 
 from llama.checkpoint.files import StoredTensor
 from llama.checkpoint.hf_weights import to_hf_order
-from llama.checkpoint.layout import Spec, specs
+from llama.checkpoint.layout import Spec
 from llama.checkpoint.source import MOST_NAMED, to_meta_order
 from llama.config import ModelArgs
 from llama.errors import AdapterError
 from llama.finetuning.adapters import LoraAdapter, PromptAdapter
 from llama.finetuning.peft_config import count, module_of, number, targeted, truth
+from llama.finetuning.targets import linears
 
 PROMPT_KEY = "prompt_embeddings"
 # "base_model.model." + Hugging Face's module + side; a model's own state dict has the adapter's name before "weight".
@@ -25,15 +26,6 @@ _LORA_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(
 OTHER_MODEL = "it was trained for another model"
 
 Stored = Mapping[str, StoredTensor]
-
-
-def linears(args: ModelArgs) -> dict[str, Spec]:
-    """What LoRA may update: the linears of the layers, in order, by Meta's name without `.weight`."""
-    return {
-        name.removesuffix(".weight"): spec
-        for name, spec in specs(args).items()
-        if name.startswith("layers.") and len(spec.shape) == 2
-    }
 
 
 # -- soft prompts ----------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def _unknown(name: str, known: list[str]) -> str:
     known_names = f"{', '.join(TARGETS)} ({', '.join(TARGETS.values())}), or all"
     if name in _TABLES:
         return f"LoRA is not offered for {name}, only for the layers' linears: --lora_targets takes {known_names}"
-    closest = difflib.get_close_matches(name, known, 1)
+    closest = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     hint = f"; did you mean {closest[0]}?" if closest else ""
     return f"--lora_targets names {name!r}, which matches no linear: it takes {known_names}{hint}"
 

@@ -130,6 +130,12 @@ def stanford(record: Record) -> str:
     return template.format(instruction=record.instruction, input=record.input)
 
 
+def apart(library: Library, prompt: str, answer: str) -> Example:
+    """Prompt and answer encoded one after the other, the prompt as context."""
+    alone = [library.bos, *library.encode(prompt)]
+    return Example((*alone, *library.encode(answer), library.eos), len(alone))
+
+
 def joint(library: Library, prompt: str, answer: str) -> Example:
     """Prompt and answer encoded in one piece, the common part with the prompt alone as context."""
     whole = [library.bos, *library.encode(prompt + answer), library.eos]
@@ -148,12 +154,12 @@ def encoded(library: Library, template: str, records: list[Record], **options) -
 
 
 def test_alpaca(any_kind):
-    expected = [joint(any_kind, stanford(record), record.output) for record in RECORDS]
+    expected = [apart(any_kind, stanford(record), record.output) for record in RECORDS]
     assert encoded(any_kind, "alpaca", RECORDS) == expected
 
 
 def test_alpaca_on_real_records(any_kind, alpaca):
-    expected = [joint(any_kind, stanford(record), record.output) for record in alpaca[:100]]
+    expected = [apart(any_kind, stanford(record), record.output) for record in alpaca[:100]]
     assert encoded(any_kind, "alpaca", alpaca[:100]) == expected
 
 
@@ -210,7 +216,7 @@ def test_plain(any_kind):
     expected = []
     for record in RECORDS:
         prompt = f"{record.instruction}\n{record.input}\n" if record.input else f"{record.instruction}\n"
-        expected.append(joint(any_kind, prompt, record.output))
+        expected.append(apart(any_kind, prompt, record.output))
     assert encoded(any_kind, "plain", RECORDS) == expected
 
 
