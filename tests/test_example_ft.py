@@ -70,17 +70,7 @@ def test_instructions_go_into_alpacas_template(folder: Path, tuned: Llama, tmp_p
 
 def test_an_input_another_template_and_a_stream(folder: Path, tuned: Llama, tmp_path: Path) -> None:
     file = tmp_path / "out.json"
-    words = (
-        "--instructions",
-        "the fox",
-        "--input",
-        "w11 w12",
-        "--template",
-        "llama2",
-        "--stream",
-        "--output_json",
-        file,
-    )
+    words = ("--instructions", "the fox", "--input", "w11 w12", "--template", "llama2", "--stream")
     run = answer(folder, *words, "--output_json", file)
     assert run.code == 0, run.err
     (record,) = results(file)
