@@ -34,11 +34,11 @@ PROMPTS = (
 
 # Of the kind that datasets/alpaca_tiny.json asks, none of them in it.
 TINY_INSTRUCTIONS = (
-    "What is 8 plus 32?",
-    "Add 26 and 25.",
-    "Which number is right after 263?",
-    "What number comes before 701?",
-    "What is 93 99 57 in order from small to large?",
+    "What is 32 plus 12?",
+    "Add 12 and 28.",
+    "Which number is right after 682?",
+    "Name the number before 899.",
+    "Put these numbers in order: 91 98 74.",
 )
 INSTRUCTIONS = (
     "Explain to a child what a prime number is.",
