@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,14 @@ def on_ranks(pools: RankPools) -> Callable[..., list]:
     The ranks of a world size are started once and serve all tests.
     """
     return pools.run
+
+
+@pytest.fixture
+def open_gguf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Open a file in llama.cpp; see `gguf_judge.opened`."""
+    from gguf_judge import opened
+
+    yield from opened(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ ALLOWED = {
     "data": TEXT | {"chat", "console"},
     # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
     "finetuning": MODEL | {"model", "checkpoint", "tokenizer", "data"},
-    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "finetuning"},
+    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }

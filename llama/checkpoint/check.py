@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -44,7 +45,7 @@ def check_fit(
     if tensor_split is not None and not isinstance(tensor_split, str):
         tensor_split = ",".join(map(str, tensor_split))
     planner = Planner(args, device.type, memory)
-    needed = planner.plan(Setting(n_ranks, expected or Workload(1, limits.length), dtype, tensor_split))
+    needed = planner.plan(Setting(n_ranks, expected or dataclasses.replace(limits, n_prompts=1), dtype, tensor_split))
     if not needed.fits(LASTING):
         planner = Planner(args, device.type, _all_memory(device, memory))
         raise LlamaError(f"{_too_much(needed, LASTING)}{_advice(planner, needed)}; --no_plan skips this check")

@@ -128,7 +128,7 @@ class Planner:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""
         found = self._ways(setting)
         if not found:
-            found = self._ways(dataclasses.replace(setting, work=Workload(1, setting.work.length)))
+            found = self._ways(dataclasses.replace(setting, work=dataclasses.replace(setting.work, n_prompts=1)))
         return list(dict.fromkeys(found))
 
     def _ways(self, setting: Setting) -> list[Setting]:
@@ -192,13 +192,13 @@ class Planner:
 
     def _by_batch(self, setting: Setting, settle: Settle) -> Setting | None:
         def at(n_prompts: int) -> Setting:
-            return dataclasses.replace(setting, work=Workload(n_prompts, setting.work.length))
+            return dataclasses.replace(setting, work=dataclasses.replace(setting.work, n_prompts=n_prompts))
 
         return self._largest(at, settle, setting.work.n_prompts)
 
     def _by_length(self, setting: Setting, settle: Settle) -> Setting | None:
         def at(sixteenths: int) -> Setting:
-            return dataclasses.replace(setting, work=Workload(setting.work.n_prompts, SHORTEST * sixteenths))
+            return dataclasses.replace(setting, work=dataclasses.replace(setting.work, length=SHORTEST * sixteenths))
 
         return self._largest(at, settle, -(-setting.work.length // SHORTEST))
 
@@ -217,7 +217,8 @@ class Planner:
 
 def _items(partition: Partition, rank: int, setting: Setting, kernels: Kernels) -> tuple[Item, ...]:
     args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
-    entries = 2 * args.n_layers * work.n_prompts * work.length
+    # A soft prompt is held once for all requests, and again at the start of each slot.
+    entries = 2 * args.n_layers * (work.n_prompts * (work.prefix + work.length) + work.prefix)
     cache_bytes = entries * len(partition.kv_rows[rank]) * itemsize
     return (
         Item("weights", partition.rank_params(rank) * itemsize),
