@@ -10,7 +10,7 @@ from typing import Any
 
 from llama import env
 from llama.checkpoint.opening import Opened, open_model, shown
-from llama.console import notice
+from llama.console import is_speaker, notice
 from llama.data.batches import split_eval
 from llama.data.examples import Encoded, Example, encode_records
 from llama.data.records import digest, read_records
@@ -248,12 +248,14 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
     where = shown(run.folder.path.resolve())
-    words = ["--ckpt_dir", str(shown(Path(ckpt_dir).resolve())), "--tuning_ckpt_path", str(where)]
+    words = [] if Path(ckpt_dir) == BUNDLED_MODEL else ["--ckpt_dir", ckpt_dir]
+    words += ["--tuning_ckpt_path", str(where)]
     words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
     words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
     n = env.world_size()
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
-    notice(
-        f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
-        f"{launcher} example_ft.py {shlex.join(words)}"
-    )
+    if is_speaker():
+        print(
+            f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
+            f"{launcher} example_ft.py {shlex.join(words)}"
+        )
