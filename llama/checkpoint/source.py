@@ -96,6 +96,7 @@ class Checkpoint:
         args: the geometry; `vocab_size` is that of the tensors.
         tensors: every tensor of the model; without "output.weight" when the file has none.
         n_shards: files that the tensors were cut into.
+        adapter: name of what its tensors are read with, where that is not the files alone.
     """
 
     path: Path
@@ -103,6 +104,7 @@ class Checkpoint:
     args: ModelArgs
     tensors: Mapping[str, SourceTensor]
     n_shards: int
+    adapter: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,7 @@ linear. What is written to a file is always whole, so that a run goes on at any 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
+
+
+def own_part(whole: Tensor, dim: int | None, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+    """What this rank holds of a tensor that is cut along `dim` as `cuts` says, as a view; all of it for None."""
+    if dim is None:
+        return whole
+    own = cuts[ranks.rank]
+    return whole.narrow(dim, own.start, len(own))
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,8 @@ class Trained:
         return self._sum_of_parts(part.detach().narrow(self.dim, 0, len(owned)), owned.start)
 
     def part(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor."""
-        if self.dim is None:
-            return whole
-        own = self.cuts[self.ranks.rank]
-        return whole.narrow(self.dim, own.start, len(own))
+        """This rank's part of a whole tensor, as a view of it."""
+        return own_part(whole, self.dim, self.cuts, self.ranks)
 
     def settle_gradient(self) -> None:
         """Sum over the ranks what each holds of the gradient; a collective where it is one."""
