@@ -11,6 +11,7 @@ this rank's queries and keys, F its FFN columns, V' its part of the vocabulary. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llama.cache import PREFILL_TOKENS
 from llama.parallel.partition import Partition
@@ -33,6 +34,17 @@ class Workload:
 
     n_prompts: int = 1
     length: int = 512
+
+    program: ClassVar[str] = "example.py"
+    unit: ClassVar[str] = "prompt"
+
+    def words(self) -> str:
+        """Such as "2 prompts of 512 tokens"."""
+        return f"{self.n_prompts} {self.unit}{'' if self.n_prompts == 1 else 's'} of {self.length} tokens"
+
+    def flags(self) -> dict[str, object]:
+        """What the program is told of it; None for a flag that is left out, True for one that takes no value."""
+        return {"max_seq_len": self.length, "max_batch_size": self.n_prompts}
 
     @property
     def n_rows(self) -> int:
