@@ -36,11 +36,11 @@ class Workload:
     length: int = 512
 
     program: ClassVar[str] = "example.py"
-    unit: ClassVar[str] = "prompt"
 
     def words(self) -> str:
         """Such as "2 prompts of 512 tokens"."""
-        return f"{self.n_prompts} {self.unit}{'' if self.n_prompts == 1 else 's'} of {self.length} tokens"
+        prompts = "1 prompt" if self.n_prompts == 1 else f"{self.n_prompts} prompts"
+        return f"{prompts} of {self.length} tokens"
 
     def flags(self) -> dict[str, object]:
         """What the program is told of it; None for a flag that is left out, True for one that takes no value."""

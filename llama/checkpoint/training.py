@@ -36,8 +36,8 @@ class Training(Workload):
         lora_dropout: whether LoRA leaves features out.
         checkpointing: whether only the blocks' inputs are kept, and the rest is computed again.
         copies: of the model, which share a batch out.
-        n_tokens: the most that the examples of one copy's batch have together, where the data is known; None
-            for `length` each.
+        lengths: tokens of the longest examples, longest first, as many as `n_prompts`, where the data is known;
+            otherwise every example is taken to have `length`.
     """
 
     method: str = "prompt"
@@ -47,16 +47,22 @@ class Training(Workload):
     lora_dropout: bool = False
     checkpointing: bool = False
     copies: int = 1
-    n_tokens: int | None = None
+    lengths: tuple[int, ...] = ()
 
     program: ClassVar[str] = "ft_main.py"
-    unit: ClassVar[str] = "example"
 
     @property
-    def n_text(self) -> int:
-        """Tokens that the model computes for the examples; the last of each is only ever a target."""
-        most = self.n_prompts * self.length
-        return (most if self.n_tokens is None else min(most, self.n_tokens)) - self.n_prompts
+    def texts(self) -> tuple[int, ...]:
+        """Tokens that are computed for each example of the largest batch: the last of each is only ever a target."""
+        lengths = self.lengths[: self.n_prompts] or (self.length,) * self.n_prompts
+        return tuple(min(length, self.length) - 1 for length in lengths)
+
+    def words(self) -> str:
+        """Such as "8 examples of 512 tokens"; with `lengths`, of how many the longest have together."""
+        examples = "1 example" if self.n_prompts == 1 else f"{self.n_prompts} examples"
+        if not self.lengths:
+            return f"{examples} of {self.length} tokens"
+        return f"{examples} of {sum(self.texts) + len(self.texts)} tokens together"
 
     def flags(self) -> dict[str, object]:
         """Flags of `ft_main.py`."""
@@ -97,7 +103,8 @@ class _Step:
         args = partition.args
         self.work, self.itemsize, self.fused = work, kernels.itemsize, kernels.fused
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
-        self.n_tokens = work.n_virtual + work.n_text
+        self.n_examples, self.n_text, self.longest = len(work.texts), sum(work.texts), max(work.texts)
+        self.n_tokens = work.n_virtual + self.n_text
         self.n_heads = len(partition.heads[rank])
         self.q, self.kv = len(partition.q_rows[rank]), len(partition.kv_rows[rank])
         self.ffn, self.vocab = len(partition.ffn[rank]), len(partition.vocab[rank])
@@ -145,8 +152,8 @@ class _Step:
 
     def _attention(self) -> int:
         """Queries, the keys and values that each example sees, outputs and what the softmax needs."""
-        work, queries = self.work, self.n_tokens * self.q
-        n_seen = work.n_virtual + work.n_prompts * work.n_virtual + work.n_text
+        queries = self.n_tokens * self.q
+        n_seen = self.n_tokens + self.n_examples * self.work.n_virtual
         if not self.fused:
             # Repeated for each head and scaled in float32, with all probabilities.
             return (queries + 2 * n_seen * self.q + self._scores()) * FLOAT + queries * self.itemsize
@@ -156,13 +163,11 @@ class _Step:
 
     def _mask_entries(self) -> int:
         """[T, S]: every example sees the soft prompt and, causally, itself."""
-        own = self.work.length - 1
-        return own * (self.work.n_virtual + own)
+        return self.longest * (self.work.n_virtual + self.longest)
 
     def _scores(self) -> int:
-        own = self.work.length - 1
-        most = min(self.work.n_prompts, self.work.n_text // max(1, own) + 1)
-        return most * self.n_heads * self._mask_entries()
+        """[B, H, T, S]: where no fused kernel serves, all of them exist."""
+        return self.n_examples * self.n_heads * self._mask_entries()
 
     def _lora(self) -> int:
         """The linears' inputs (with dropout each its own), what lies between A and B, and both in the dtype."""
@@ -198,10 +203,10 @@ class _Step:
 
     def _at_the_end(self) -> int:
         """The loss of all places but the first of each example, and the backward of the last norm."""
-        supervised = self.work.n_text * self.dim * self.itemsize  # [M, E]
-        rows = min(self.work.n_text, max(1, LOGIT_FLOATS // self.vocab))
+        supervised = self.n_text * self.dim * self.itemsize  # [M, E]
+        rows = min(self.n_text, max(1, LOGIT_FLOATS // self.vocab))
         # A piece's logits and their exponentials; the slopes of pieces that are done.
-        logits = 2 * rows * self.vocab * FLOAT + (supervised if rows < self.work.n_text else 0)
+        logits = 2 * rows * self.vocab * FLOAT + (supervised if rows < self.n_text else 0)
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, NORM_BACKWARD * self.wide)
 
