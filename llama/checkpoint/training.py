@@ -22,6 +22,8 @@ from llama.parallel.vocab import LOGIT_FLOATS
 TRAINED_FLOATS = 4
 # Tensors [N, E] in float32 that an RMSNorm's backward makes.
 NORM_BACKWARD = 5
+# Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
+REDUCING = 2
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class _Step:
         self.n_heads = len(partition.heads[rank])
         self.q, self.kv = len(partition.q_rows[rank]), len(partition.kv_rows[rank])
         self.ffn, self.vocab = len(partition.ffn[rank]), len(partition.vocab[rank])
+        self.reduces = partition.world_size > 1
         self.stream = self.n_tokens * args.dim * kernels.itemsize  # [N, E]
         self.wide = self.n_tokens * args.dim * FLOAT  # [N, E] float32
         self.width = self.n_tokens * self.ffn * kernels.itemsize  # [N, F]
@@ -128,7 +131,11 @@ class _Step:
             blocks = self.n_layers * block - self._not_in_the_first_block()
             moments = ((blocks + last, self._at_the_end()), (blocks, self._within_a_block()))
         kept, temporaries = max(moments, key=sum)
-        return TrainingBytes(self._trained() * TRAINED_FLOATS * FLOAT, throughout + kept, temporaries)
+        return TrainingBytes(
+            self._trained() * TRAINED_FLOATS * FLOAT,
+            throughout + kept,
+            temporaries + REDUCING * self.reduces * self.stream,
+        )
 
     def _trained(self) -> int:
         """Numbers that are trained on this rank."""
@@ -140,7 +147,8 @@ class _Step:
 
     def _throughout(self) -> int:
         """The batch itself: tokens, positions, targets, supervised places and weights; RoPE's table; the mask."""
-        return self.n_tokens * (4 * INDEX + FLOAT + self.head_dim * FLOAT) + self._mask_entries()
+        per_token = 5 * INDEX + 3 * FLOAT + self.head_dim * FLOAT  # a place's loss and norm among them
+        return self.n_tokens * per_token + self._mask_entries()
 
     def _norm(self) -> int:
         """RMSNorm's input in float32 and one factor a token."""
