@@ -11,6 +11,7 @@ this rank's queries and keys, F its FFN columns, V' its part of the vocabulary. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llama.cache import PREFILL_TOKENS
 from llama.parallel.partition import Partition
@@ -35,6 +36,17 @@ class Workload:
     n_prompts: int = 1
     length: int = 512
     prefix: int = 0
+
+    program: ClassVar[str] = "example.py"
+
+    def words(self) -> str:
+        """Such as "2 prompts of 512 tokens"."""
+        prompts = "1 prompt" if self.n_prompts == 1 else f"{self.n_prompts} prompts"
+        return f"{prompts} of {self.length} tokens"
+
+    def flags(self) -> dict[str, object]:
+        """What the program is told of it; None for a flag that is left out, True for one that takes no value."""
+        return {"max_seq_len": self.length, "max_batch_size": self.n_prompts}
 
     @property
     def n_rows(self) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama import env
+from llama.checkpoint.check import check_fit
 from llama.checkpoint.opening import Opened, open_model, shown
 from llama.console import is_speaker, notice
 from llama.data.batches import split_eval
@@ -23,6 +24,7 @@ from llama.finetuning.speed import checkpoint_blocks, compile_blocks
 from llama.finetuning.step import Tuning
 from llama.finetuning.targets import resolve_targets
 from llama.finetuning.trainer import Trainer
+from llama.finetuning.workload import workload
 from llama.model import Transformer
 from llama.parallel import groups
 
@@ -149,6 +151,11 @@ def train(
         description = _describe_run(settings, opened, digest(records))
         folder.check(description, resume)
     notice(f"{dataset}: {encoded.report()}")
+    with groups.phase("plan"):
+        if not no_plan:
+            size = opened.partition.world_size
+            work = workload(settings, env.world_size() // size, encoded.examples)
+            check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
         model = opened.load(ranks)
