@@ -23,7 +23,7 @@ TRAINED_FLOATS = 4
 # Tensors [N, E] in float32 that an RMSNorm's backward makes.
 NORM_BACKWARD = 5
 # Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
-REDUCING = 2
+REDUCING = 4
 
 
 @dataclass(frozen=True)
