@@ -41,6 +41,8 @@ from llama.parallel.partition import Partition
 
 # Planned over counted: never less than a step takes, and not much more.
 LEAST, MOST = 1.0, 1.25
+# Of the buffers that are planned for the thread that reduces, it holds all, some or none at the peak.
+MOST_TOGETHER = 1.45
 GEOMETRIES = {
     "groups": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=2048, ffn_dim=704),
     "no groups": ModelArgs(dim=512, n_layers=2, n_heads=8, vocab_size=64, ffn_dim=512),
@@ -102,11 +104,11 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
-def assert_planned(runs: list[float]) -> None:
+def assert_planned(runs: list[float], most: float = MOST) -> None:
     """Hold the smallest count from below, since gloo lets go of a buffer late now and then, and the middle one from
     above, since the profiler orders events that coincide as it likes."""
     assert LEAST <= max(runs), runs
-    assert sorted(runs)[len(runs) // 2] <= MOST, runs
+    assert sorted(runs)[len(runs) // 2] <= most, runs
 
 
 def changed(work: Training, **other: Any) -> Training:
@@ -163,7 +165,7 @@ def test_attention_without_a_fused_kernel(work: Training) -> None:
 def test_on_two_ranks(on_ranks: Callable[..., list[float]], work: Training, dtype: torch.dtype) -> None:
     runs = [on_ranks(2, counted, GEOMETRIES["groups"], work, dtype) for _ in range(3)]
     for rank in range(2):
-        assert_planned([run[rank] for run in runs])
+        assert_planned([run[rank] for run in runs], MOST_TOGETHER)
 
 
 def trained_bytes(args: ModelArgs, work: Training) -> tuple[int, int]:
