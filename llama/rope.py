@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from llama import lean
 from llama.config import ModelArgs, RopeScaling
 
 
@@ -49,6 +50,8 @@ def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
     cos, sin = table
+    if lean.applies(x):
+        return lean.Rotation.apply(x, cos, sin)
     even, odd = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)

@@ -29,7 +29,7 @@ SHORTEST_STEM = 8
 # A row shorter than this part of its group's longest one begins another group.
 EVENNESS = 0.7
 
-Span = tuple[int, int]
+Parts = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Group:
     Args:
         start: place of the first row's first token; the rows lie end to end from there.
         lengths: tokens of each row.
-        before: stretches [start, stop) that every row sees whole, in the order of their positions.
+        before: numbers of earlier groups, of one row each, that every row sees whole; in the order of their positions.
     """
 
     start: int
     lengths: tuple[int, ...]
-    before: tuple[Span, ...] = ()
+    before: tuple[int, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -66,9 +66,8 @@ class Group:
         taken = starts[:, None] + steps * real
         return taken.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device)
 
-    def mask(self, device: torch.device) -> Tensor | None:
-        """[T, C + T] bool, True where a query sees an entry; None for plain causal attention."""
-        n_before = sum(stop - start for start, stop in self.before)
+    def mask(self, n_before: int, device: torch.device) -> Tensor | None:
+        """[T, C + T] bool, True where a query sees an entry, with C `n_before`; None for plain causal attention."""
         if n_before == 0:
             return None
         width = max(self.lengths)
@@ -104,7 +103,8 @@ class Packed:
     def __post_init__(self) -> None:
         device = self.tokens.device
         for number, group in enumerate(self.groups):
-            self._masks[number] = group.mask(device)
+            n_before = sum(sum(self.groups[earlier].lengths) for earlier in group.before)
+            self._masks[number] = group.mask(n_before, device)
             if not group.is_even:
                 self._places[number] = group.rows(device)
 
@@ -130,24 +130,25 @@ class Packed:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], group by group."""
-        row_q, row_k, row_v = q[0], k[0], v[0]
-        parts = [self._attend_group(number, row_q, row_k, row_v) for number in range(len(self.groups))]
+        # Split, not sliced: the backward then writes each gradient once.
+        rows = [x[0].split([sum(group.lengths) for group in self.groups]) for x in (q, k, v)]
+        parts = [self._attend_group(number, *rows) for number in range(len(self.groups))]
         return torch.cat(parts).unsqueeze(0)
 
-    def _attend_group(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, H, D], k and v [N, K, D] to the group's own [n, H * D]."""
+    def _attend_group(self, number: int, q: Parts, k: Parts, v: Parts) -> Tensor:
+        """Each group's q [n, H, D], k and v [n, K, D] to one group's [n, H * D]."""
         group, places = self.groups[number], self._places.get(number)
+        n_rows = len(group.lengths)
 
         def own(x: Tensor) -> Tensor:
-            x = x[group.start : group.stop]
             x = x if places is None else x.index_select(0, places[0])
-            return x.unflatten(0, (len(group.lengths), -1))  # [G, T, heads, D]
+            return x.unflatten(0, (n_rows, -1))  # [G, T, heads, D]
 
-        def seen(x: Tensor) -> Tensor:
-            before = [x[start:stop].expand(len(group.lengths), -1, -1, -1) for start, stop in group.before]
-            return torch.cat((*before, own(x)), dim=1).transpose(1, 2)  # [G, K, C + T, D]
+        def seen(parts: Parts) -> Tensor:
+            before = [parts[earlier].expand(n_rows, -1, -1, -1) for earlier in group.before]
+            return torch.cat((*before, own(parts[number])), dim=1).transpose(1, 2)  # [G, K, C + T, D]
 
-        out = attend(own(q), seen(k), seen(v), self._masks[number]).flatten(0, 1)
+        out = attend(own(q[number]), seen(k), seen(v), self._masks[number]).flatten(0, 1)
         return out if places is None else out.index_select(0, places[1])
 
 
@@ -201,17 +202,17 @@ class _Packer:
         return together + ([alone] if alone else [])
 
     def _add_shared(
-        self, members: Sequence[int], run: range, before: tuple[Span, ...], place: int | None = None
-    ) -> tuple[Span, ...]:
+        self, members: Sequence[int], run: range, before: tuple[int, ...], place: int | None = None
+    ) -> tuple[int, ...]:
         """Add the tokens `run` of the members' beginning, a stretch from `place` on; return what is seen after it."""
         place = len(self.positions) if place is None else place
         self._add_tokens(members, run)
         if len(self.positions) == place:
             return before
         self.groups.append(Group(place, (len(self.positions) - place,), before))
-        return (*before, (place, len(self.positions)))
+        return (*before, len(self.groups) - 1)
 
-    def _add_examples(self, members: Sequence[int], start: int, before: tuple[Span, ...]) -> None:
+    def _add_examples(self, members: Sequence[int], start: int, before: tuple[int, ...]) -> None:
         """Add the members' own tokens from `start` on, in groups of similar length."""
         rest = sorted((i for i in members if len(self.inputs[i]) > start), key=lambda i: -len(self.inputs[i]))
         while rest:

@@ -1,0 +1,96 @@
+"""A block's arithmetic around its matrices, with the backward written out: less is kept, fewer passes are made.
+
+Autograd keeps what every operation of a formula needs and passes over memory once for each of them; on a CPU in
+bfloat16 norms, rotations and attention's gradient then take longer than the matrices. Each function here
+keeps its inputs alone. They serve passes with gradient: inference and compiled graphs have the plain formulas.
+
+Shape legend: N any leading dimensions, E dim, H query heads and K KV heads, D head_dim, B batch, T tokens,
+S tokens seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def applies(x: Tensor) -> bool:
+    """Whether this pass through `x` is one with gradient, run eagerly."""
+    return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(torch.autograd.Function):
+    """x [..., E], a frozen weight [E] and epsilon to the norm [..., E], computed in float32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = _wide(x)
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = _wide(x) * scale
+        slope = _wide(grads[0] * weight)
+        along = torch.linalg.vecdot(slope, normed).div_(x.shape[-1]).unsqueeze(-1)
+        return (slope - normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+
+
+class Rotation(torch.autograd.Function):
+    """Neighbouring pairs of x [B, T, H, D] turned by cosines and sines [B, T, 1, D/2]: as complex numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, torch.complex(cos, sin))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], torch.complex(cos, -sin)), None, None
+
+
+def _turn(x: Tensor, by: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(_wide(x).contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
+
+
+class Attention(torch.autograd.Function):
+    """Softmax attention as two products: q [B, K, M, D] over k and v [B, K, S, D] to [B, K, M, D].
+
+    The queries of all heads of a group stand in one row of M. `mask` [T, S] (M a multiple of T) is added to the
+    scores. Torch's fused kernel has a backward for CPUs that takes three times as long as this one; here, too,
+    the weights of the softmax are computed again and not kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        ctx.save_for_backward(q, k, v, bias)
+        return torch.bmm(_weights(q, k, bias), v).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias = ctx.saved_tensors
+        shape, scale = grads[0].shape, q.shape[-1] ** -0.5
+        out = grads[0].flatten(0, 1)
+        weights = _weights(q, k, bias)
+        v_slope = torch.bmm(weights.transpose(1, 2), out)
+        slope = torch._softmax_backward_data(torch.bmm(out, v.transpose(1, 2)), weights, -1, q.dtype)
+        q_slope = torch.bmm(slope, k).mul_(scale)
+        k_slope = torch.bmm(slope.transpose(1, 2), q).mul_(scale)
+        of_groups = (*shape[:2], *k.shape[1:])
+        return q_slope.view(shape), k_slope.view(of_groups), v_slope.view(of_groups), None
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
