@@ -26,6 +26,9 @@ from llama.data.examples import Example
 
 # A template's own words are worth an attention call of their own from so many tokens on.
 SHORTEST_STEM = 8
+# Rows are padded for attention to a multiple of this: it computes few different shapes, for each of which a CPU's
+# library first writes its code.
+WIDTH_MULTIPLE = 16
 # A row shorter than this part of its group's longest one begins another group.
 EVENNESS = 0.7
 
@@ -52,14 +55,19 @@ class Group:
         return self.start + sum(self.lengths)
 
     @property
-    def is_even(self) -> bool:
-        """Whether all rows are of one length."""
-        return len(set(self.lengths)) == 1
+    def width(self) -> int:
+        """Tokens of a padded row."""
+        return WIDTH_MULTIPLE * -(-max(self.lengths) // WIDTH_MULTIPLE)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row has less than the width."""
+        return min(self.lengths) < self.width
 
     def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Where the padded rows take their tokens, [G * T] int64 (counted from `start`), and where they go back."""
         lengths = torch.tensor(self.lengths)
-        steps = torch.arange(int(lengths.max()))
+        steps = torch.arange(self.width)
         starts = lengths.cumsum(0) - lengths
         real = steps < lengths[:, None]
         # A padded place repeats the row's first token: later places are seen by no real one.
@@ -70,9 +78,8 @@ class Group:
         """[T, C + T] bool, True where a query sees an entry, with C `n_before`; None for plain causal attention."""
         if n_before == 0:
             return None
-        width = max(self.lengths)
-        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        return torch.cat((own.new_ones(width, n_before), own), dim=1)
+        own = torch.ones(self.width, self.width, dtype=torch.bool, device=device).tril()
+        return torch.cat((own.new_ones(self.width, n_before), own), dim=1)
 
 
 @dataclass
@@ -105,7 +112,7 @@ class Packed:
         for number, group in enumerate(self.groups):
             n_before = sum(sum(self.groups[earlier].lengths) for earlier in group.before)
             self._masks[number] = group.mask(n_before, device)
-            if not group.is_even:
+            if group.is_padded:
                 self._places[number] = group.rows(device)
 
     @property
@@ -121,7 +128,7 @@ class Packed:
     @property
     def padding(self) -> float:
         """The part of padding in what attention computes; linears compute none."""
-        padded = sum(max(group.lengths) * len(group.lengths) for group in self.groups)
+        padded = sum(group.width * len(group.lengths) for group in self.groups)
         return 1 - self.n_computed / padded
 
     def mask(self, positions: Tensor) -> Tensor | None:
@@ -145,11 +152,18 @@ class Packed:
             return x.unflatten(0, (n_rows, -1))  # [G, T, heads, D]
 
         def seen(parts: Parts) -> Tensor:
-            before = [parts[earlier].expand(n_rows, -1, -1, -1) for earlier in group.before]
+            before = [_for_rows(parts[earlier], n_rows) for earlier in group.before]
             return torch.cat((*before, own(parts[number])), dim=1).transpose(1, 2)  # [G, K, C + T, D]
 
         out = attend(own(q[number]), seen(k), seen(v), self._masks[number]).flatten(0, 1)
         return out if places is None else out.index_select(0, places[1])
+
+
+def _for_rows(x: Tensor, n_rows: int) -> Tensor:
+    """[C, K, D] to [G, C, K, D]."""
+    x = x.unsqueeze(0)
+    # An expansion is summed in the backward, even where there is nothing to sum.
+    return x if n_rows == 1 else x.expand(n_rows, -1, -1, -1)
 
 
 def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
