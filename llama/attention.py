@@ -42,14 +42,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return out.reshape(batch, 1, -1)
     if q.device.type == "cpu" and lean.applies(q):
-        return _attend_lean(q, k, v, mask)
+        return _attend_in_products(q, k, v, mask)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_groups != n_heads
     )
     return out.transpose(1, 2).flatten(2)
 
 
-def _attend_lean(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     batch, n_tokens, n_heads, _ = q.shape
     n_groups = k.shape[1]
     if mask is None:
@@ -57,5 +57,5 @@ def _attend_lean(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     bias = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
     bias = bias.repeat(n_heads // n_groups, 1)
     grouped = q.transpose(1, 2).reshape(batch, n_groups, -1, q.shape[-1])
-    out = lean.Attention.apply(grouped, k, v, bias)
+    out = lean.attention(grouped, k, v, bias)
     return out.view(batch, n_heads, n_tokens, -1).transpose(1, 2).flatten(2)

@@ -4,8 +4,7 @@ Autograd keeps what every operation of a formula needs and passes over memory on
 bfloat16 norms, rotations and attention's gradient then take longer than the matrices. Each function here
 keeps its inputs alone. They serve passes with gradient: inference and compiled graphs have the plain formulas.
 
-Shape legend: N any leading dimensions, E dim, H query heads and K KV heads, D head_dim, B batch, T tokens,
-S tokens seen.
+Shape legend: B batch, T tokens, S tokens seen, E dim, H heads, K KV heads, D head_dim, M queries of a KV head.
 """
 
 from __future__ import annotations
@@ -21,16 +20,39 @@ def applies(x: Tensor) -> bool:
     return x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RMSNorm(torch.autograd.Function):
-    """x [..., E], a frozen weight [E] and epsilon to the norm [..., E], computed in float32 at least."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The root-mean-square norm of x [..., E], times a frozen weight [E]; see `llama.model.RMSNorm`."""
+    return _RMSNorm.apply(x, weight, eps)
 
+
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring pairs of features of x [B, T, H, D] turned by [B, T, 1, D/2]; see `llama.rope.apply_rope`."""
+    return _Turn.apply(x, cos, sin)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention as two products of matrices: [B, K, M, D] as q.
+
+    Torch's fused kernel has a backward that takes three times as long on a CPU. Here, too, the softmax is computed
+    again in the backward and not kept.
+
+    Args:
+        q: [B, K, M, D], the queries of all heads of a group as rows of one matrix.
+        k, v: [B, K, S, D].
+        bias: [M, S] in the dtype of q, added to the scores.
+    """
+    return _Attention.apply(q, k, v, bias)
+
+
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
+        wide = widened(x)
         scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (wide * scale).to(x.dtype).mul_(weight)
@@ -38,15 +60,13 @@ class RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = _wide(x) * scale
-        slope = _wide(grads[0] * weight)
+        normed = widened(x) * scale
+        slope = widened(grads[0] * weight)
         along = torch.linalg.vecdot(slope, normed).div_(x.shape[-1]).unsqueeze(-1)
         return (slope - normed.mul_(along)).mul_(scale).to(x.dtype), None, None
 
 
-class Rotation(torch.autograd.Function):
-    """Neighbouring pairs of x [B, T, H, D] turned by cosines and sines [B, T, 1, D/2]: as complex numbers."""
-
+class _Turn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -59,18 +79,11 @@ class Rotation(torch.autograd.Function):
 
 
 def _turn(x: Tensor, by: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(_wide(x).contiguous().unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(widened(x).contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
 
 
-class Attention(torch.autograd.Function):
-    """Softmax attention as two products: q [B, K, M, D] over k and v [B, K, S, D] to [B, K, M, D].
-
-    The queries of all heads of a group stand in one row of M. `mask` [T, S] (M a multiple of T) is added to the
-    scores. Torch's fused kernel has a backward for CPUs that takes three times as long as this one; here, too,
-    the weights of the softmax are computed again and not kept.
-    """
-
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         shape = q.shape

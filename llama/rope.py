@@ -12,11 +12,6 @@ from llama import lean
 from llama.config import ModelArgs, RopeScaling
 
 
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def rope_frequencies(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
     """Angle per position of each pair of features, scaled as `args.rope_scaling` says: [D/2] float32."""
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim
@@ -51,7 +46,7 @@ def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
     cos, sin = table
     if lean.applies(x):
-        return lean.Rotation.apply(x, cos, sin)
-    even, odd = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
+        return lean.turn_pairs(x, cos, sin)
+    even, odd = lean.widened(x).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +32,7 @@ class TrainingSetup(Setup):
         max_seq_len: tokens to which every example is padded where a loop does so.
     """
 
-    prompt: Tensor = torch.empty(0, 0)
+    prompt: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     lr: float = 3e-3
     max_seq_len: int = 512
 
