@@ -60,10 +60,10 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        normed = widened(x) * scale
-        slope = widened(grads[0] * weight)
-        along = torch.linalg.vecdot(slope, normed).div_(x.shape[-1]).unsqueeze(-1)
-        return (slope - normed.mul_(along)).mul_(scale).to(x.dtype), None, None
+        wide, slope = widened(x), widened(grads[0] * weight)
+        # What is left along x itself: the norm does not change when x is made longer.
+        along = torch.linalg.vecdot(slope, wide).div_(x.shape[-1]).unsqueeze(-1).mul_(scale.pow(3))
+        return slope.mul_(scale).addcmul_(wide, along, value=-1).to(x.dtype), None, None
 
 
 class _Turn(torch.autograd.Function):

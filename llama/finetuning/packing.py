@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ class Packed:
         n_rows = len(group.lengths)
 
         def own(x: Tensor) -> Tensor:
-            x = x if places is None else x.index_select(0, places[0])
+            x = x if places is None else _Pad.apply(x, *places)
             return x.unflatten(0, (n_rows, -1))  # [G, T, heads, D]
 
         def seen(parts: Parts) -> Tensor:
@@ -156,7 +157,41 @@ class Packed:
             return torch.cat((*before, own(parts[number])), dim=1).transpose(1, 2)  # [G, K, C + T, D]
 
         out = attend(own(q[number]), seen(k), seen(v), self._masks[number]).flatten(0, 1)
-        return out if places is None else out.index_select(0, places[1])
+        return out if places is None else _Unpad.apply(out, *places)
+
+
+class _Pad(torch.autograd.Function):
+    """A group's tokens [n, ...] into its padded rows [G * T, ...].
+
+    No gradient reaches the padding, as no real query sees it: the backward takes the real places alone, where
+    `index_select`'s own would add to zeros place by place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taken: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(real)
+        return x.index_select(0, taken)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (real,) = ctx.saved_tensors
+        return grads[0].index_select(0, real), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The real places [n, ...] of padded rows [G * T, ...]; the padding's gradient is zero."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taken: Tensor, real: Tensor) -> Tensor:
+        ctx.save_for_backward(real)
+        ctx.n_places = len(taken)
+        return x.index_select(0, real)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (real,) = ctx.saved_tensors
+        padded = grads[0].new_zeros(ctx.n_places, *grads[0].shape[1:])
+        return padded.index_copy_(0, real, grads[0]), None, None
 
 
 def _for_rows(x: Tensor, n_rows: int) -> Tensor:

@@ -103,6 +103,7 @@ class TrainerLoop:
 
     def __init__(self, autocast: bool = False, padded: bool = False) -> None:
         self.autocast, self.padded = autocast, padded
+        self.losses: list[float] = []
 
     def load(self, setup: TrainingSetup) -> None:
         """Read the weights, and give PEFT's prompt the values that ours starts from."""
@@ -117,6 +118,7 @@ class TrainerLoop:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         self.setup, self.device = setup, choose_device(setup.device)
+        self.clock, self.measured = Clock(self.device), Steps(0.0, 0.0, [])
         held = torch.float32 if self.autocast else DTYPES[setup.dtype]
         base: Any = transformers.AutoModelForCausalLM.from_pretrained(
             setup.folder, dtype=held, local_files_only=True, attn_implementation="sdpa"
@@ -125,7 +127,7 @@ class TrainerLoop:
         options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(setup.prompt))
         self.model: Any = peft.get_peft_model(base, options)
         with torch.no_grad():
-            self.model.prompt_encoder["default"].embedding.weight.copy_(setup.prompt)
+            self.model.prompt_encoder.get_parameter("default.embedding.weight").copy_(setup.prompt)
         self.trainer = self._trainer(transformers)
 
     def _trainer(self, transformers: Any) -> Any:
@@ -164,7 +166,6 @@ class TrainerLoop:
 
     def run(self, batches: Batches) -> Steps:
         """One step a batch; collating them counts, as packing does for ours."""
-        self.losses: list[float] = []
         self.trainer.train_dataset = _Collated(batches, self.setup.max_seq_len if self.padded else None)
         self.trainer.args.max_steps = len(batches)
         self.trainer.train()
