@@ -13,7 +13,8 @@ from torch import Tensor
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
-from llama.finetuning.packing import EVENNESS, WIDTH_MULTIPLE, Packed, pack
+from llama.finetuning.packed import WIDTH_MULTIPLE, Packed
+from llama.finetuning.packing import EVENNESS, pack
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
 from llama.model import Transformer
