@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llama import Llama
 from llama.cli import run
-from llama.generation import command
+from llama.generation import command, tasks
 from llama.parallel import groups
 
 TINY = str(Path(__file__).parent / "ckpts" / "tiny")
@@ -13,6 +13,7 @@ TINY = str(Path(__file__).parent / "ckpts" / "tiny")
 def main(
     ckpt_dir: str = TINY,
     tokenizer_path: str | None = None,
+    tuning_ckpt_path: str | None = None,
     prompts: str | None = None,
     prompt_file: str | None = None,
     dialogs: str | None = None,
@@ -40,6 +41,7 @@ def main(
     Args:
         ckpt_dir: folder of the weights, or LLMs-from-scratch's single .pth; without it, the bundled model.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
+        tuning_ckpt_path: a soft prompt or LoRA to run it with, as ft_main.py or PEFT writes it.
         prompts: a text to complete, or a JSON list of texts.
         prompt_file: a file with one prompt a line, or a .json list of texts.
         dialogs: a JSON file of dialogs to answer.
@@ -63,15 +65,14 @@ def main(
         no_plan: load without asking first whether the memory suffices.
     """
     with groups.phase("settings"):
-        settings = command.Settings(temperature, top_p, top_k, max_gen_len, logprobs or output_json is not None, echo)
-        tasks = command.read_tasks(prompts, prompt_file, dialogs, interactive, ckpt_dir)
-        command.check_writable(output_json)
-        work = command.expected_work(tasks, settings, stream, max_batch_size, max_seq_len)
+        settings = tasks.Settings(temperature, top_p, top_k, max_gen_len, logprobs or output_json is not None, echo)
+        asked = tasks.read_tasks(prompts, prompt_file, dialogs, interactive, output_json, ckpt_dir)
+        work = tasks.expected_work(asked, settings, stream, max_batch_size, max_seq_len)
     llama = Llama.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device,
-        tensor_split=tensor_split, threads=threads, chat_format=chat_format, plan=not no_plan and work,
+        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
+        tensor_split=tensor_split, chat_format=chat_format, plan=not no_plan and work, adapter=tuning_ckpt_path,
     )  # fmt: skip
-    command.write_json(output_json, command.perform(llama, tasks, settings, stream))
+    command.perform(llama, asked, settings, stream)
 
 
 if __name__ == "__main__":

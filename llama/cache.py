@@ -59,6 +59,11 @@ class KVCache:
         """
         return CacheView(self, first, self.length if visible is None else visible, fresh)
 
+    def begin_with(self, prefix: KVCache) -> None:
+        """Copy the entries of a prefix, a cache of one slot, to the start of every slot."""
+        for own, shared in zip((*self.k, *self.v), (*prefix.k, *prefix.v), strict=True):
+            own[:, :, : prefix.length] = shared
+
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot over another's."""
         for entries in (*self.k, *self.v):

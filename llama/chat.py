@@ -191,7 +191,7 @@ class Llama3Format(ChatFormat):
         if missing:
             raise TokenizerError(
                 f"the llama3 chat format needs {missing[0]}, which this {tokenizer.kind} tokenizer of "
-                f"{tokenizer.n_words:,} tokens lacks: use --chat_format llama2 or alpaca"
+                f"{tokenizer.n_words:,} tokens lacks: use the format llama2 or alpaca"
             )
         self._start, self._end, self._eot = (tokenizer.special_tokens[token] for token in self.needs)
 
@@ -225,7 +225,8 @@ class AlpacaFormat(ChatFormat):
         return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
 
     def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
-        return self.tokenizer.encode(self._text(dialog) + answer, bos=True, eos=True)
+        # Apart, so that what is learnt goes on from the very ids that an answer is generated from.
+        return self._encode(dialog) + self.tokenizer.encode(answer, bos=False, eos=True)
 
     def _text(self, dialog: Dialog) -> str:
         texts = [message["content"] for message in dialog]

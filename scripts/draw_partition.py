@@ -14,7 +14,7 @@ from typing import Any
 
 from llama.cli import run
 from llama.errors import LlamaError
-from llama.generation.command import check_writable
+from llama.generation.tasks import check_writable
 from llama.geometries import geometry as published_geometry
 from llama.parallel.partition import Partition
 

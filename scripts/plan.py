@@ -1,9 +1,12 @@
 """Will it fit? What each rank needs beside what is there: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
 
 python scripts/plan.py --model llama-2-70b --nproc 4 --dtype fp16 --memory 8GB,8GB,24GB,24GB
+python scripts/plan.py --model llama-2-7b --nproc 4 --dtype bf16 --memory 8GB --train lora --lora_r 8
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -14,7 +17,9 @@ from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import DTYPES, choose_device, choose_dtype
-from llama.errors import LlamaError
+from llama.errors import LlamaError, UsageError
+from llama.finetuning.settings import METHODS, TrainSettings
+from llama.finetuning.workload import workload
 from llama.geometries import geometry
 
 
@@ -51,13 +56,12 @@ def count(n: int) -> str:
 
 
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
-    setting, work = plan.setting, plan.setting.work
+    setting = plan.setting
     ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
     split = f" split {setting.tensor_split}" if setting.tensor_split else ""
-    prompts = "1 prompt" if work.n_prompts == 1 else f"{work.n_prompts} prompts"
     return (
         f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]} on {ranks}{split}, "
-        f"{prompts} of {work.length} tokens at a time"
+        f"{setting.work.words()} at a time"
     )
 
 
@@ -77,16 +81,55 @@ def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str)
     return "\n".join(lines)
 
 
+FOR_METHOD = {"prompt": ("num_virtual_tokens",), "lora": ("lora_r", "lora_targets", "lora_dropout")}
+FOR_TRAINING = ("batch_size", "activation_checkpointing")
+
+
+def planned_work(train: str | None, max_seq_len: int, max_batch_size: int | None, flags: dict[str, Any]) -> Workload:
+    """What is run at a time: prompts, or with `train` the batch that the other flags describe.
+
+    Args:
+        train: "prompt", "lora" or None.
+        max_seq_len: of prompt and completion together, or of an example.
+        max_batch_size: prompts at a time; None where it was not given.
+        flags: of a training run, by name; None or False where one was not given.
+
+    Raises:
+        UsageError: for a flag that has no meaning beside the others.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    if train is None:
+        if given:
+            raise UsageError(f"--{next(iter(given))} is of training: add --train prompt or --train lora")
+        return Workload(32 if max_batch_size is None else max_batch_size, max_seq_len)
+    if train not in METHODS:
+        raise UsageError(f"--train takes {' or '.join(METHODS)}, not {train!r}")
+    if max_batch_size is not None:
+        raise UsageError("--max_batch_size is of generation: with --train, say --batch_size")
+    for name in given:
+        if name not in (*FOR_TRAINING, *FOR_METHOD[train]):
+            other = next(method for method in METHODS if name in FOR_METHOD[method])
+            raise UsageError(f"--{name} is of --train {other}, not of --train {train}")
+    return workload(TrainSettings(method=train, max_seq_len=max_seq_len, **given))
+
+
 def main(
     ckpt_dir: str | None = None,
     model: str | None = None,
     nproc: int = 1,
     max_seq_len: int = 512,
-    max_batch_size: int = 32,
+    max_batch_size: int | None = None,
     dtype: str = "auto",
     memory: str | None = None,
     tensor_split: str | None = None,
     device: str = "auto",
+    train: str | None = None,
+    batch_size: int | None = None,
+    num_virtual_tokens: int | None = None,
+    lora_r: int | None = None,
+    lora_targets: str | None = None,
+    lora_dropout: float | None = None,
+    activation_checkpointing: bool = False,
 ) -> None:
     """Say whether a model fits, before anything is loaded, and if not what would.
 
@@ -94,23 +137,36 @@ def main(
         ckpt_dir: folder of the weights; only headers are read.
         model: a published model in place of files, such as llama-2-70b.
         nproc: ranks that share the model.
-        max_seq_len: tokens of prompt and completion together, at most.
-        max_batch_size: prompts that run at a time, at most.
+        max_seq_len: tokens of prompt and completion together, or of an example with --train, at most.
+        max_batch_size: prompts that run at a time, at most; 32.
         dtype: auto, fp32, bf16 or fp16.
         memory: what each rank has, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
             cards or the main memory of this machine are asked.
         tensor_split: weights of the ranks, such as 3,1.
         device: auto, cpu or cuda; with memory given, cuda needs no card here.
+        train: prompt or lora: plan for ft_main.py in place of example.py, with its flags and their defaults below.
+        batch_size: examples that a copy of the model takes at a time; accumulating gradients takes no more memory.
+        num_virtual_tokens: of the soft prompt.
+        lora_r: rank of LoRA's updates.
+        lora_targets: linears that LoRA updates, such as wq,wv or all.
+        lora_dropout: probability with which LoRA leaves a feature out; above 0 it keeps more.
+        activation_checkpointing: keep only what enters each layer and compute the rest again.
     """
+    flags = {
+        "batch_size": batch_size, "num_virtual_tokens": num_virtual_tokens, "lora_r": lora_r,
+        "lora_targets": lora_targets, "lora_dropout": lora_dropout,
+        "activation_checkpointing": activation_checkpointing,
+    }  # fmt: skip
     for name, value in {"nproc": nproc, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise LlamaError(f"{name} must be a whole number above 0, is {value}")
     where = planned_device(device, memory is not None)
     there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
+    work = planned_work(train, max_seq_len, max_batch_size, flags)
     args, stored, name = described(ckpt_dir, model)
     chosen = planned_dtype(dtype, where, stored, args.n_unique_params)
     planner = Planner(args, where.type, there)
-    plan = planner.plan(Setting(nproc, Workload(max_batch_size, max_seq_len), chosen, tensor_split))
+    plan = planner.plan(Setting(nproc, work, chosen, tensor_split))
     print(heading(plan, name, args))
     print(table(plan))
     print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", dtype, device))

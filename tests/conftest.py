@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from launch import Command
 from ranks import RankPools
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,14 @@ def on_ranks(pools: RankPools) -> Callable[..., list]:
     return pools.run
 
 
+@pytest.fixture
+def open_gguf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Open a file in llama.cpp; see `gguf_judge.opened`."""
+    from gguf_judge import opened
+
+    yield from opened(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real tokenizers and records that LLAMA_TEST_DATA names."""
@@ -55,6 +65,17 @@ def test_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("LLAMA_TEST_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tuned_tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `python ft_main.py` makes of the bundled model and records: the real command, once for all tests."""
+    out = tmp_path_factory.mktemp("tuned") / "saved"
+    with Command(["--output_dir", out], script=ROOT / "ft_main.py") as command:
+        done = command.finish(timeout=600)
+    assert done.code == 0, done.err
+    assert f"--tuning_ckpt_path {out}" in done.out
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from typing import Any
 TIMEOUT_S = 180
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, model_ranks: int, port: int, pipe: Connection) -> None:
     """A rank: starts the groups, then runs what it is sent."""
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
@@ -24,7 +24,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     from llama.parallel import groups
 
     torch.set_num_threads(1)
-    groups.start(torch.device("cpu"))
+    groups.start(torch.device("cpu"), model_ranks)
     while True:
         try:
             task = pipe.recv()
@@ -39,7 +39,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
 
 
 class _Pool:
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, model_ranks: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -47,7 +47,7 @@ class _Pool:
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, model_ranks, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -77,19 +77,25 @@ class RankPools:
     """The pools of all world sizes, started when first asked for."""
 
     def __init__(self) -> None:
-        self._pools: dict[int, _Pool] = {}
+        self._pools: dict[tuple[int, int], _Pool] = {}
 
-    def run(self, world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run `function(*args)` on every rank; one rank runs in this process, without groups."""
+    def run(
+        self, world_size: int, function: Callable[..., Any], *args: Any, model_ranks: int | None = None
+    ) -> list[Any]:
+        """Run `function(*args)` on every rank; one rank runs in this process, without groups.
+
+        With `model_ranks`, so many ranks share a model and the others hold copies of it.
+        """
         if world_size == 1:
             return [function(*args)]
-        if world_size not in self._pools:
-            self._pools[world_size] = _Pool(world_size)
+        key = (world_size, model_ranks or world_size)
+        if key not in self._pools:
+            self._pools[key] = _Pool(*key)
         try:
-            return self._pools[world_size].run(function, args)
+            return self._pools[key].run(function, args)
         except BaseException:
             # A failure leaves ranks waiting for each other: later tests get fresh ones.
-            self._pools.pop(world_size).close()
+            self._pools.pop(key).close()
             raise
 
     def close(self) -> None:

@@ -222,6 +222,35 @@ def test_alpaca_dialogs(sp):
     assert chat.encode(turns) == [1, *encode(text)]
 
 
+TURNS = [user("Add 1 2"), assistant("3"), user("And 4?")]
+
+
+@pytest.mark.parametrize("opening", [[], [system("Be brief.")]], ids=["bare", "system"])
+@pytest.mark.parametrize("dialog", [TURNS[:1], TURNS], ids=["one", "two"])
+@pytest.mark.parametrize("name", ["llama2", "llama3"])
+def test_an_answered_dialog_is_how_a_longer_one_starts(tt, name, dialog, opening):
+    """The answer ends as the assistant's turns end in a dialog that goes on."""
+    chat = chat_format(name, tt[0])
+    asked, answered = [*opening, *dialog], chat.encode_answered([*opening, *dialog], " 7\n")
+    longer = chat.encode([*asked, assistant(" 7\n"), user("Why?")])
+    ending = {"llama2": tt[0].eos_id, "llama3": tt[0].special_tokens["<|eot_id|>"]}[name]
+    assert longer[: len(answered)] == answered
+    assert answered[-1] == ending
+    assert chat.encode(asked) == answered[: len(chat.encode(asked))]
+
+
+def test_an_answered_alpaca_prompt_goes_on_from_the_prompt_and_ends_with_eos(sp):
+    ours, encode = sp
+    chat = AlpacaFormat(ours)
+    expected = [1, *encode(alpaca_prompt("Add.", "1 2")), *encode("the 3"), 2]
+    assert chat.encode_answered([system("Add."), user("1 2")], "the 3") == expected
+
+
+def test_what_is_answered_is_checked(tt):
+    with pytest.raises(DialogError, match="dialog 5, turn 0"):
+        Llama3Format(tt[0]).encode_answered([assistant("a")], "b", index=5)
+
+
 def test_chat_format_by_name(sp, tt):
     llama2, llama3 = sp[0], tt[0]
     assert isinstance(chat_format("auto", llama2), Llama2Format)

@@ -9,7 +9,7 @@ import pytest
 
 # What each part of llama/ may import, by the part's first name; a part may always import itself.
 BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "lean", "attention", "cache", "parallel", "device"}
+MODEL = BASE | {"rope", "lean", "attention", "cache", "parallel", "device", "noise"}
 TEXT = {"errors", "tokenizer"}
 ALLOWED = {
     "errors": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "lean": set(),
     "attention": {"lean"},
     "cache": {"attention"},
+    "noise": set(),
     "device": {"env", "errors"},
     "parallel": {"errors", "env", "config"},
     "model": MODEL,
@@ -31,7 +32,7 @@ ALLOWED = {
     "data": TEXT | {"chat", "console"},
     # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
     "finetuning": MODEL | {"model", "checkpoint", "tokenizer", "data"},
-    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "finetuning"},
+    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }

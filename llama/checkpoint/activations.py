@@ -11,6 +11,7 @@ this rank's queries and keys, F its FFN columns, V' its part of the vocabulary. 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from llama.cache import PREFILL_TOKENS
 from llama.parallel.partition import Partition
@@ -29,10 +30,23 @@ class Workload:
     Args:
         n_prompts: sequences at a time.
         length: tokens of each, prompt and completion together.
+        prefix: virtual tokens that stand before each of them.
     """
 
     n_prompts: int = 1
     length: int = 512
+    prefix: int = 0
+
+    program: ClassVar[str] = "example.py"
+
+    def words(self) -> str:
+        """Such as "2 prompts of 512 tokens"."""
+        prompts = "1 prompt" if self.n_prompts == 1 else f"{self.n_prompts} prompts"
+        return f"{prompts} of {self.length} tokens"
+
+    def flags(self) -> dict[str, object]:
+        """What the program is told of it; None for a flag that is left out, True for one that takes no value."""
+        return {"max_seq_len": self.length, "max_batch_size": self.n_prompts}
 
     @property
     def n_rows(self) -> int:
@@ -64,12 +78,14 @@ class Kernels:
 
 def activation_bytes(partition: Partition, rank: int, work: Workload, kernels: Kernels) -> int:
     """The peak of a run on `rank`: of a prefill pass of full prompts, or of choosing tokens."""
-    passes = [_Pass(partition, rank, work.n_rows, start, stop, kernels) for start, stop in work.passes()]
+    passes = [_Pass(partition, rank, work.n_rows, start, stop, kernels, work.prefix) for start, stop in work.passes()]
     vocab = len(partition.vocab[rank])
     # The last pass's output is held while the first tokens are chosen.
     first = passes[-1].stream + choosing_bytes(work.n_rows, vocab, kernels.itemsize)
     later = choosing_bytes(work.n_prompts, vocab, kernels.itemsize)
-    return max(first, later, *(one.peak() for one in passes))
+    # A soft prompt is run alone, before any request.
+    alone = [_Pass(partition, rank, 1, 0, work.prefix, kernels)] if work.prefix else []
+    return max(first, later, *(one.peak() for one in [*passes, *alone]))
 
 
 def choosing_bytes(n_rows: int, vocab: int, itemsize: int) -> int:
@@ -83,10 +99,13 @@ def choosing_bytes(n_rows: int, vocab: int, itemsize: int) -> int:
 class _Pass:
     """A forward pass of B rows over the columns from `start` to `stop` of their prompts, on one rank."""
 
-    def __init__(self, partition: Partition, rank: int, n_rows: int, start: int, stop: int, kernels: Kernels) -> None:
+    def __init__(
+        self, partition: Partition, rank: int, n_rows: int, start: int, stop: int, kernels: Kernels, prefix: int = 0
+    ) -> None:
         args = partition.args
-        self.n_rows, self.n_columns, self.n_seen, self.kernels = n_rows, stop - start, stop, kernels
-        self.later = start > 0  # it sees the cache through a mask
+        self.n_rows, self.n_columns, self.n_seen, self.kernels = n_rows, stop - start, prefix + stop, kernels
+        self.second = start > 0  # a pass before it has left its output
+        self.later = prefix + start > 0  # it sees the cache through a mask
         self.n_tokens = n_rows * self.n_columns
         self.head_dim = args.head_dim
         self.n_heads = len(partition.heads[rank])
@@ -105,8 +124,9 @@ class _Pass:
         table = self.n_tokens * self.head_dim * FLOAT  # cosines and sines, half a head each
         held = table + 2 * self.n_tokens * INDEX
         if self.later:
-            former = PREFILL_TOKENS * self.stream // self.n_columns
-            held += self.n_columns * self.n_seen + former  # the mask; the output of the pass before
+            held += self.n_tokens * self.n_seen  # the mask
+        if self.second:
+            held += PREFILL_TOKENS * self.stream // self.n_columns  # the output of the pass before
         return held
 
     def _wide(self, nbytes: int) -> int:
@@ -145,7 +165,7 @@ class _Pass:
 
     def _attend(self) -> int:
         """Output and inner tensors of scaled_dot_product_attention."""
-        mask = self.n_columns * self.n_seen * self.kernels.itemsize if self.later else 0
+        mask = self.n_tokens * self.n_seen * self.kernels.itemsize if self.later else 0
         if not self.kernels.fused:
             scores = self.n_rows * self.n_heads * self.n_columns * self.n_seen * self.kernels.itemsize
             # Scores before and after the softmax; scaled queries and keys, keys and values repeated for each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from llama import env
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, joined_memory, machine_memory, own_pool
 from llama.checkpoint.plan import LASTING, Plan, Planner, Setting, change, show_bytes
+from llama.checkpoint.training import Training
 from llama.config import ModelArgs
 from llama.console import is_speaker, notice
 from llama.errors import LlamaError
@@ -30,12 +32,13 @@ def check_fit(
 
     Args:
         args, device, dtype, n_ranks, tensor_split: of the run.
-        limits: the most that may be run at a time.
+        limits: the most that may be run at a time; a `Training` is all of it going to be run.
         expected: what is going to be run, where that is known. The cache is made for the request, so
             without it only a cache for one prompt is sure to be needed.
 
     Raises:
-        LlamaError: when weights and cache alone exceed the memory, naming what would fit.
+        LlamaError: when weights and cache alone exceed the memory, or all that training needs; it names what
+            would fit.
     """
     memory = joined_memory(
         [tuple(json.loads(text)) for text in groups.exchange(json.dumps(own_pool(device)))],
@@ -44,10 +47,13 @@ def check_fit(
     if tensor_split is not None and not isinstance(tensor_split, str):
         tensor_split = ",".join(map(str, tensor_split))
     planner = Planner(args, device.type, memory)
-    needed = planner.plan(Setting(n_ranks, expected or Workload(1, limits.length), dtype, tensor_split))
-    if not needed.fits(LASTING):
+    # A request may turn out smaller than it could be; steps of training come by the thousand.
+    one = dataclasses.replace(limits, n_prompts=1)
+    sure, names = (limits, None) if isinstance(limits, Training) else (expected or one, LASTING)
+    needed = planner.plan(Setting(n_ranks, sure, dtype, tensor_split))
+    if not needed.fits(names):
         planner = Planner(args, device.type, _all_memory(device, memory))
-        raise LlamaError(f"{_too_much(needed, LASTING)}{_advice(planner, needed)}; --no_plan skips this check")
+        raise LlamaError(f"{_too_much(needed, names)}{_advice(planner, needed)}; --no_plan skips this check")
     full = planner.plan(Setting(n_ranks, expected or limits, dtype, tensor_split))
     if not full.fits():
         notice(f"memory may run out: {_too_much(full, None)}{_advice(planner, full)}")
@@ -65,10 +71,8 @@ def _too_much(plan: Plan, names: Sequence[str] | None) -> str:
     needs = [item for item in plan.ranks[pool.ranks[0]].items if names is None or item.name in names]
     who = f"rank {pool.ranks[0]} needs" if len(pool.ranks) == 1 else f"each of {len(pool.ranks)} ranks needs about"
     what = ", ".join(f"{show_bytes(item.nbytes)} for {item.name}" for item in needs)
-    work = plan.setting.work
-    prompts = "1 prompt" if work.n_prompts == 1 else f"{work.n_prompts} prompts"
     shared = " between them" if len(pool.ranks) > 1 else ""
-    return f"{who} {what} ({prompts} of {work.length} tokens), but {show_bytes(pool.nbytes)} are there{shared}"
+    return f"{who} {what} ({plan.setting.work.words()}), but {show_bytes(pool.nbytes)} are there{shared}"
 
 
 def _advice(planner: Planner, plan: Plan) -> str:

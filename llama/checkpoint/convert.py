@@ -23,7 +23,7 @@ from llama.checkpoint.hf_weights import Place, checkpoint_rows, describe, pour, 
 from llama.checkpoint.layout import Spec
 from llama.checkpoint.single import beside
 from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint, shares_output
-from llama.checkpoint.split import describe_source, split, with_output
+from llama.checkpoint.split import describe_source, split_checkpoint, with_output
 from llama.checkpoint.write import PthWriter
 from llama.config import read_json
 from llama.console import notice
@@ -63,19 +63,40 @@ def convert(
     Raises:
         LlamaError: before anything is written, or with everything that was written removed.
     """
-    if to not in KINDS:
-        raise UsageError(f"--to is {to!r}: use {', '.join(KINDS)}")
+    check_kind(to)
     max_bytes = parse_size(max_shard_size)
-    source, target = Path(ckpt_dir), Path(output)
-    named = None if tokenizer_path is None else Path(tokenizer_path)
+    return convert_checkpoint(open_checkpoint(ckpt_dir), to, output, dtype, max_bytes, tokenizer_path, force)
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    to: str,
+    output: str | Path,
+    dtype: torch.dtype | None,
+    max_bytes: int,
+    tokenizer_path: str | Path | None,
+    force: bool,
+) -> Path:
+    """`convert` of an open checkpoint, whose tensors may read as other than what is stored."""
+    check_kind(to)
+    target, named = Path(output), None if tokenizer_path is None else Path(tokenizer_path)
     if to == "meta":
-        _read_tokenizer(open_checkpoint(source), named)
-        return split(source, 1, target, "consolidated", dtype=dtype, force=force, tokenizer_path=named)
-    checkpoint = open_checkpoint(source)
-    check_target(target, source, force)
+        _read_tokenizer(checkpoint, named)
+        return split_checkpoint(checkpoint, 1, target, "consolidated", None, dtype, force, named)
+    check_target(target, checkpoint.path, force)
     if to == "hf":
         return _to_hf(checkpoint, target, dtype, max_bytes, named)
     return _to_single(checkpoint, target, dtype, named)
+
+
+def check_kind(to: str) -> None:
+    """Refuse a layout that is not one of `KINDS`.
+
+    Raises:
+        UsageError: which names them.
+    """
+    if to not in KINDS:
+        raise UsageError(f"--to is {to!r}: use {', '.join(KINDS)}")
 
 
 def parse_size(text: str) -> int:

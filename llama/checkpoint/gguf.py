@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.chat import chat_format
-from llama.checkpoint import ollama
+from llama.checkpoint import ollama, soft_prompt
 from llama.checkpoint.folders import check_space, partial_file
 from llama.checkpoint.layout import Spec
 from llama.checkpoint.load import settle_tie
@@ -50,6 +50,7 @@ def export_gguf(
     chat: str = "auto",
     context_length: int | None = None,
     force: bool = False,
+    prompt: Tensor | None = None,
 ) -> Path:
     """Write model and tokenizer as a GGUF file, with an Ollama Modelfile beside it.
 
@@ -58,9 +59,11 @@ def export_gguf(
         tokenizer: its tokenizer.
         output: the file; it appears under this name once it is whole.
         type_name: one of `TYPES`, for the matrices; vectors are always float32.
-        chat: chat template to carry along: "auto", "llama2", "llama3" or "none".
+        chat: chat template to carry along: "auto", "llama2", "llama3", "alpaca", "plain" or "none".
         context_length: tokens that the model was made for; None for what its files tell.
         force: replace a file that exists.
+        prompt: a soft prompt, [n_virtual_tokens, dim]; it becomes tokens, which the template puts in front of
+            BOS.
 
     Returns:
         The file written.
@@ -74,6 +77,11 @@ def export_gguf(
     templates = ollama.templates(chat_format("auto", tokenizer).name if chat == "auto" else chat)
     args = settle_tie(checkpoint, Partition.create(checkpoint.args, 1), rank=0)
     vocabulary = _padded(tokenizer.vocabulary(), args.vocab_size)
+    opening = ""
+    if prompt is not None:
+        checkpoint = soft_prompt.add_rows(checkpoint, prompt, soft_prompt.never_said(vocabulary))
+        vocabulary, args = soft_prompt.add_tokens(vocabulary, len(prompt)), checkpoint.args
+        opening = "".join(soft_prompt.token_names(len(prompt)))
     planned = _plan(checkpoint, args, type_name)
     check_space(target, sum(plan.nbytes for plan in planned), "choose a smaller --type, another place")
     for remark in vocabulary.remarks:
@@ -83,14 +91,17 @@ def export_gguf(
         try:
             _add_geometry(writer, args, checkpoint, context_length or _context_length(checkpoint))
             _add_file_type(writer, type_name)
-            _add_vocabulary(writer, vocabulary, tokenizer)
+            # What stands before BOS keeps llama.cpp from adding it in front.
+            _add_vocabulary(writer, vocabulary, tokenizer, add_bos=not opening)
             if templates:
-                writer.add_chat_template(templates.jinja)
+                writer.add_chat_template(opening + templates.jinja)
             _write(writer, planned, _rope_factors(args))
         finally:
             writer.close()
         stops = [name for name, number in tokenizer.special_tokens.items() if number in tokenizer.stop_tokens]
-        text = ollama.modelfile(target.name, templates, stops)
+        if opening:
+            opening += vocabulary.tokens[tokenizer.bos_id]
+        text = ollama.modelfile(target.name, templates, stops, opening)
         (target.parent / "Modelfile").write_text(text, encoding="utf-8")
     return target
 
@@ -319,7 +330,7 @@ def _padded(vocabulary: Vocabulary, n_rows: int) -> Vocabulary:
     )
 
 
-def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Tokenizer) -> None:
+def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Tokenizer, add_bos: bool) -> None:
     writer.add_tokenizer_model(FAMILIES[vocabulary.family])
     writer.add_tokenizer_pre(PATTERNS.get(vocabulary.pattern, "default"))
     writer.add_token_list(vocabulary.tokens)
@@ -336,6 +347,6 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, tokenizer: Tokenizer) -
     for name, add in (("<|eot_id|>", writer.add_eot_token_id), ("<|eom_id|>", writer.add_eom_token_id)):
         if name in tokenizer.special_tokens:
             add(tokenizer.special_tokens[name])
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.space_prefix)

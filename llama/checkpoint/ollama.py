@@ -1,6 +1,7 @@
 """Chat formats in the template languages of others: Jinja (GGUF, Hugging Face) and Go (Ollama's Modelfile).
 
-Each says what the format of the same name in `llama.chat` does; a test holds the Jinja ones against it.
+Each says what the format of the same name in `llama.chat` or `llama.data.templates` does; a test holds the
+Jinja ones against it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama.chat import alpaca_prompt
 from llama.errors import CheckpointError
 
 # By its first line a Modelfile of ours is told from a person's own.
@@ -21,7 +23,7 @@ class Templates:
 
     Args:
         jinja: what GGUF carries as `tokenizer.chat_template`.
-        go: Ollama's TEMPLATE. Ollama puts BOS in front itself.
+        go: Ollama's TEMPLATE. Ollama puts BOS in front itself, unless the file says otherwise.
         stops: texts that end an answer besides the tokenizer's stop tokens.
     """
 
@@ -72,6 +74,37 @@ TEMPLATES = {
             "{{ .Content }}<|eot_id|>{{ end }}<|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
     ),
+    "alpaca": Templates(
+        jinja=(
+            "{{- bos_token -}}"
+            "{%- set opening = 2 if messages[0].role == 'system' else 1 -%}"
+            "{%- if opening == 2 and messages[1].content -%}"
+            + alpaca_prompt("{{ messages[0].content }}", "{{ messages[1].content }}")
+            + "{%- else -%}"
+            + alpaca_prompt("{{ messages[0].content }}")
+            + "{%- endif -%}"
+            "{%- for message in messages -%}"
+            "{%- if loop.index > opening and message.role == 'assistant' -%}"
+            "{{ message.content + '\\n\\n### Instruction:\\n' }}"
+            "{%- elif loop.index > opening -%}"
+            "{{ message.content + '\\n\\n### Response:' }}"
+            "{%- endif -%}"
+            "{%- endfor -%}"
+        ),
+        go=(
+            "{{- $system := .System }}{{- range $number, $message := .Messages }}"
+            '{{- if eq .Role "user" }}'
+            "{{- if $system }}" + alpaca_prompt("{{ $system }}", "{{ .Content }}") + '{{ $system = "" }}'
+            "{{- else if eq $number 0 }}" + alpaca_prompt("{{ .Content }}") + "{{- else }}"
+            "### Instruction:\n{{ .Content }}\n\n### Response:{{ end }}"
+            '{{- else if eq .Role "assistant" }}{{ .Content }}\n\n'
+            "{{ end }}{{- end }}"
+        ),
+    ),
+    "plain": Templates(
+        jinja="{{- bos_token -}}{%- for message in messages -%}{{ message.content + '\\n' }}{%- endfor -%}",
+        go="{{- range .Messages }}{{ .Content }}\n{{ end }}",
+    ),
 }
 
 
@@ -90,15 +123,16 @@ def templates(name: str) -> Templates | None:
     return TEMPLATES[name]
 
 
-def modelfile(gguf_name: str, chat: Templates | None, stops: Sequence[str]) -> str:
+def modelfile(gguf_name: str, chat: Templates | None, stops: Sequence[str], opening: str = "") -> str:
     """The text of an Ollama Modelfile (https://docs.ollama.com/modelfile).
 
     Args:
         gguf_name: the file beside it.
         chat: how to chat; None hands the prompt on as it is.
         stops: texts that end an answer.
+        opening: what stands before every text, BOS among it where Ollama is not to add it.
     """
-    template = chat.go if chat else "{{ .Prompt }}"
+    template = opening + (chat.go if chat else "{{ .Prompt }}")
     lines = [
         SIGNATURE,
         "# ollama create NAME -f Modelfile, then ollama run NAME",

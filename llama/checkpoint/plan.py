@@ -1,7 +1,8 @@
 """Whether a model fits before anything is loaded: what each rank needs, what is there, and what would fit.
 
 A `Plan` is made of `Item`s a rank, so that what training or quantization add or change is another item
-or another size. Weights and cache are exact; activations are those of `llama.checkpoint.activations`.
+or another size. Weights, cache and what is trained are exact; activations are those of
+`llama.checkpoint.activations` and `llama.checkpoint.training`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from llama.checkpoint.activations import Kernels, Workload, activation_bytes
 from llama.checkpoint.memory import Memory, Pool
+from llama.checkpoint.training import Training, training_bytes
 from llama.config import ModelArgs
 from llama.errors import PartitionError
 from llama.parallel.partition import Partition
@@ -25,6 +28,7 @@ GB = 1e9
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # What must be held whatever is run; activations depend on how full the run is.
 LASTING = ("weights", "KV cache")
+PASSING = ("activations", "temporaries")
 SHORTEST = 16
 # Memories that differ by less than this are alike: cards of one make are never equal to the byte.
 ALIKE = 0.05
@@ -56,7 +60,7 @@ class Setting:
 
     Args:
         n_ranks: ranks of the model.
-        work: prompts at a time and tokens of each.
+        work: prompts at a time and tokens of each, or what is trained on.
         dtype: of weights, cache and stream.
         tensor_split: weights of the ranks, as a person writes them; None for equal shards.
     """
@@ -120,22 +124,24 @@ class Planner:
 
     def _kernels(self, setting: Setting) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
-        # Cards have fused kernels of their own for grouped heads in 16 bit only.
+        # Cards have fused kernels of their own for grouped heads in 16 bit only, and not with a mask, which packed
+        # examples need.
         grouped = self.args.group_size > 1 and self.device != "cpu"
-        return Kernels(setting.dtype.itemsize, threads, fused=not grouped or setting.dtype.itemsize < 4)
+        wide = setting.dtype.itemsize >= 4 or isinstance(setting.work, Training)
+        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and wide))
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""
         found = self._ways(setting)
         if not found:
-            found = self._ways(dataclasses.replace(setting, work=Workload(1, setting.work.length)))
+            found = self._ways(_working(setting, n_prompts=1))
         return list(dict.fromkeys(found))
 
     def _ways(self, setting: Setting) -> list[Setting]:
         split = self._by_split(setting)
         # Where a split alone helps, the other ways are those without one.
         settle = self._settled if split is None else lambda other: other if self._fits(other) else None
-        ways = (self._by_dtype, self._by_ranks, self._by_batch, self._by_length)
+        ways = (self._by_dtype, self._by_ranks, self._by_checkpointing, self._by_batch, self._by_length)
         return [better for better in (split, *(way(setting, settle) for way in ways)) if better is not None]
 
     def _fits(self, setting: Setting) -> bool:
@@ -164,7 +170,7 @@ class Planner:
         sizes = [float(rooms[rank]) for rank in range(setting.n_ranks)]
         if max(sizes) <= (1 + ALIKE) * min(sizes):
             return None
-        left = [size - rank.total(("activations",)) for size, rank in zip(sizes, equal.ranks, strict=True)]
+        left = [size - rank.total(PASSING) for size, rank in zip(sizes, equal.ranks, strict=True)]
         for weights in (sizes, left):
             better = dataclasses.replace(setting, tensor_split=_proportion(weights))
             if min(weights) > 0 and self._fits(better):
@@ -174,7 +180,8 @@ class Planner:
     def _by_dtype(self, setting: Setting, settle: Settle) -> Setting | None:
         if setting.dtype != torch.float32:
             return None
-        narrow = torch.bfloat16 if self.device == "cpu" else torch.float16
+        trains = isinstance(setting.work, Training)
+        narrow = torch.bfloat16 if trains or self.device == "cpu" else torch.float16
         return settle(dataclasses.replace(setting, dtype=narrow))
 
     def _by_ranks(self, setting: Setting, settle: Settle) -> Setting | None:
@@ -190,17 +197,18 @@ class Planner:
                 return better
         return None
 
-    def _by_batch(self, setting: Setting, settle: Settle) -> Setting | None:
-        def at(n_prompts: int) -> Setting:
-            return dataclasses.replace(setting, work=Workload(n_prompts, setting.work.length))
+    def _by_checkpointing(self, setting: Setting, settle: Settle) -> Setting | None:
+        if not isinstance(setting.work, Training) or setting.work.checkpointing:
+            return None
+        saving = _working(setting, checkpointing=True)
+        return settle(saving) or self._by_batch(saving, settle)
 
-        return self._largest(at, settle, setting.work.n_prompts)
+    def _by_batch(self, setting: Setting, settle: Settle) -> Setting | None:
+        return self._largest(lambda n: _working(setting, n_prompts=n), settle, setting.work.n_prompts)
 
     def _by_length(self, setting: Setting, settle: Settle) -> Setting | None:
-        def at(sixteenths: int) -> Setting:
-            return dataclasses.replace(setting, work=Workload(setting.work.n_prompts, SHORTEST * sixteenths))
-
-        return self._largest(at, settle, -(-setting.work.length // SHORTEST))
+        high = -(-setting.work.length // SHORTEST)
+        return self._largest(lambda n: _working(setting, length=SHORTEST * n), settle, high)
 
     def _largest(self, at: Callable[[int], Setting], settle: Settle, high: int) -> Setting | None:
         """The setting of the largest number below `high` that fits, by halving the range."""
@@ -217,13 +225,24 @@ class Planner:
 
 def _items(partition: Partition, rank: int, setting: Setting, kernels: Kernels) -> tuple[Item, ...]:
     args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
-    entries = 2 * args.n_layers * work.n_prompts * work.length
+    weights = Item("weights", partition.rank_params(rank) * itemsize)
+    if isinstance(work, Training):
+        step = training_bytes(partition, rank, work, kernels)
+        names = ("trained state", *PASSING)
+        return weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
+    # A soft prompt is held once for all requests, and again at the start of each slot.
+    entries = 2 * args.n_layers * (work.n_prompts * (work.prefix + work.length) + work.prefix)
     cache_bytes = entries * len(partition.kv_rows[rank]) * itemsize
     return (
-        Item("weights", partition.rank_params(rank) * itemsize),
+        weights,
         Item("KV cache", cache_bytes),
         Item("activations", activation_bytes(partition, rank, work, kernels)),
     )
+
+
+def _working(setting: Setting, **other: Any) -> Setting:
+    """The setting with some of its work's fields changed."""
+    return dataclasses.replace(setting, work=dataclasses.replace(setting.work, **other))
 
 
 @cache
@@ -265,13 +284,16 @@ def command(setting: Setting, ckpt_dir: str, dtype: str = "auto", device: str = 
     start = "python" if setting.n_ranks == 1 else f"torchrun --nproc_per_node {setting.n_ranks}"
     flags = {
         "ckpt_dir": shlex.quote(ckpt_dir),
-        "max_seq_len": setting.work.length,
-        "max_batch_size": setting.work.n_prompts,
+        **setting.work.flags(),
         "tensor_split": setting.tensor_split,
         "dtype": None if dtype == "auto" else dtype,
         "device": None if device == "auto" else device,
     }
-    return " ".join([start, "example.py", *(f"--{flag} {value}" for flag, value in flags.items() if value is not None)])
+    return " ".join([start, setting.work.program, *(_flag(*flag) for flag in flags.items() if flag[1] is not None)])
+
+
+def _flag(name: str, value: object) -> str:
+    return f"--{name}" if value is True else f"--{name} {value}"
 
 
 def change(setting: Setting, wanted: Setting) -> str:
@@ -281,10 +303,8 @@ def change(setting: Setting, wanted: Setting) -> str:
         parts.append(f"{setting.n_ranks} ranks")
     if setting.dtype != wanted.dtype:
         parts.append(f"--dtype {NAMES[setting.dtype]}")
-    if setting.work.n_prompts != wanted.work.n_prompts:
-        parts.append(f"--max_batch_size {setting.work.n_prompts}")
-    if setting.work.length != wanted.work.length:
-        parts.append(f"--max_seq_len {setting.work.length}")
+    former = wanted.work.flags()
+    parts += [_flag(name, value) for name, value in setting.work.flags().items() if value != former[name]]
     if setting.tensor_split != wanted.tensor_split:
         parts.append(f"--tensor_split {setting.tensor_split}" if setting.tensor_split else "no --tensor_split")
     return " and ".join(parts)

@@ -80,10 +80,12 @@ class SourceTensor:
             yield where, self._in_meta_order(values)
 
     def _in_meta_order(self, values: Tensor) -> Tensor:
-        if not self.head_rows:
-            return values
-        # Hugging Face: [heads, 2, D/2] rows; Meta: [heads, D/2, 2].
-        return values.unflatten(0, (-1, 2, self.head_rows // 2)).transpose(1, 2).flatten(0, 2)
+        return to_meta_order(values, self.head_rows) if self.head_rows else values
+
+
+def to_meta_order(rows: Tensor, head_dim: int) -> Tensor:
+    """Whole heads of `wq` or `wk`, [heads * D, E], from Hugging Face's [heads, 2, D/2] rows to [heads, D/2, 2]."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Checkpoint:
         args: the geometry; `vocab_size` is that of the tensors.
         tensors: every tensor of the model; without "output.weight" when the file has none.
         n_shards: files that the tensors were cut into.
+        adapter: name of what its tensors are read with, where that is not the files alone.
     """
 
     path: Path
@@ -103,6 +106,7 @@ class Checkpoint:
     args: ModelArgs
     tensors: Mapping[str, SourceTensor]
     n_shards: int
+    adapter: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:

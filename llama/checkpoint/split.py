@@ -106,8 +106,22 @@ def split(
     """
     if names not in NAMES:
         raise CheckpointError(f"--names is {names!r}: use {' or '.join(NAMES)}")
-    source = Path(ckpt_dir)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(ckpt_dir)
+    return split_checkpoint(checkpoint, n_shards, output_dir, names, tensor_split, dtype, force, tokenizer_path)
+
+
+def split_checkpoint(
+    checkpoint: Checkpoint,
+    n_shards: int,
+    output_dir: str | Path | None,
+    names: str,
+    tensor_split: str | None,
+    dtype: torch.dtype | None,
+    force: bool,
+    tokenizer_path: str | Path | None,
+) -> Path:
+    """`split` of an open checkpoint, whose tensors may read as other than what is stored."""
+    source = checkpoint.path
     cut = plan_cut(checkpoint, n_shards, tensor_split)
     target = Path(output_dir) if output_dir is not None else _default_target(source, n_shards)
     check_target(target, source, force)
@@ -232,7 +246,8 @@ def _overlap(part: tuple[slice, ...], first: int, n_rows: int) -> tuple[slice, .
 
 def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint was made from, for its manifest."""
-    return {"name": checkpoint.path.resolve().name, "format": checkpoint.format, "n_files": checkpoint.n_shards}
+    files = {"name": checkpoint.path.resolve().name, "format": checkpoint.format, "n_files": checkpoint.n_shards}
+    return files if checkpoint.adapter is None else {**files, "adapter": checkpoint.adapter}
 
 
 def _describe_cut(cut: Cut) -> Mapping[str, Any]:

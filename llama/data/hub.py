@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
@@ -45,15 +45,15 @@ def read_hub_records(dataset: str, fields: tuple[str, ...], required: tuple[str,
 
 
 def _library(dataset: str) -> ModuleType:
-    try:
-        import datasets
-        from datasets import load_dataset  # noqa: F401  (a folder called datasets can be imported too)
-    except ImportError:
-        raise DataError(
-            f"{dataset} is read with Hugging Face datasets, which is not installed: "
-            "pip install 'llama-shards[hf]', or pass a .json or .jsonl file"
-        ) from None
-    return datasets
+    with suppress(ImportError):
+        library = importlib.import_module("datasets")
+        # Where the package is missing, Python takes a folder called datasets for it.
+        if hasattr(library, "load_dataset"):
+            return library
+    raise DataError(
+        f"{dataset} is read with Hugging Face datasets, which is not installed: "
+        "pip install 'llama-shards[hf]', or pass a .json or .jsonl file"
+    )
 
 
 @contextmanager
@@ -78,6 +78,6 @@ def _line(error: Exception) -> str:
 
 
 def _way_out(dataset: str) -> str:
-    if Path(dataset).exists():
-        return "; pass a .json, .jsonl or .parquet file"
+    if os.path.exists(dataset):
+        return "; write it anew, or pass a .json or .jsonl file"
     return "; no file or folder here has this name either: check the name, the connection and HF_TOKEN"

@@ -74,18 +74,16 @@ def digest(records: Iterable[Record]) -> str:
 
 def _found(name: str) -> list[Found]:
     if not name.strip():
-        raise DataError(
-            "the data set has no name: pass a .json, .jsonl or .parquet file, a folder or a name on the Hub"
-        )
+        raise DataError("no data set is named: pass a .json, .jsonl or .parquet file, a folder or a name on the Hub")
     path = Path(name).expanduser()
     suffix = path.suffix.lower()
     if not os.path.isdir(path):
         if suffix in (".json", ".jsonl"):
             return read_json_records(path)
         if os.path.exists(path) and suffix != ".parquet":
-            raise DataError(f"{path} is neither .json nor .jsonl nor .parquet: convert it, or name it by what it is")
+            raise DataError(f"{path} is neither .json nor .jsonl nor .parquet: name it by what it is, or convert it")
         if not os.path.exists(path) and _looks_like_a_path(name):
-            raise DataError(f"no data set at {path}: there is no such file or folder")
+            raise DataError(f"no data set at {name}: there is no such file or folder")
     local = str(path) if os.path.exists(path) else name
     rows = read_hub_records(local, FIELDS, REQUIRED)
     return [Found(place(number), row) for number, row in enumerate(rows)]
@@ -122,5 +120,6 @@ def _learnable(records: list[Record], name: str) -> list[Record]:
     if not kept:
         raise DataError(f"{name} holds no usable record: the 'output' of all {len(records):,} is blank")
     if len(kept) < len(records):
-        notice(f"{name}: {len(records) - len(kept):,} of {len(records):,} records have a blank 'output', left out")
+        n_blank = len(records) - len(kept)
+        notice(f"{name}: left out {n_blank:,} of {len(records):,} records, whose 'output' is blank")
     return kept

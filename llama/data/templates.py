@@ -19,7 +19,7 @@ class PlainFormat(ChatFormat):
         return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
 
     def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
-        return self.tokenizer.encode(self._text(dialog) + answer, bos=True, eos=True)
+        return self._encode(dialog) + self.tokenizer.encode(answer, bos=False, eos=True)
 
     def _text(self, dialog: Dialog) -> str:
         return "".join(f"{message['content']}\n" for message in dialog)
@@ -51,11 +51,11 @@ class Template:
         return self.format.encode(self._dialog(record))
 
     def encode(self, record: Record) -> list[int]:
-        """The ids of prompt and answer, from BOS to the id that ends the answer; in one piece but for llama3."""
+        """The ids of prompt and answer, from BOS to the id that ends the answer."""
         return self.format.encode_answered(self._dialog(record), record.output)
 
     def _dialog(self, record: Record) -> list[Message]:
-        if record.input and isinstance(self.format, AlpacaFormat):
+        if isinstance(self.format, AlpacaFormat):
             return [_message("system", record.instruction), _message("user", record.input)]
         between = "\n" if isinstance(self.format, PlainFormat) else "\n\n"
         text = f"{record.instruction}{between}{record.input}" if record.input else record.instruction

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from llama.finetuning.trained import Trained
 from llama.parallel.collectives import all_reduce
@@ -13,21 +14,28 @@ from llama.parallel.groups import Ranks
 
 
 def settle(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
-    """Make every gradient that of the whole batch and the whole model; collective calls where there are others.
+    """Make every gradient that of the whole model and the whole batch, in one message for each.
 
     Args:
         trained: whose parameters' gradients are set, to zeros where the batch had none for this process.
         ranks: those that share the model.
         replicas: those that hold this rank's shard in other copies of the model.
     """
-    for tensor in trained:
-        tensor.settle_gradient()
-    if replicas.world_size == 1:
-        return
-    gradients = [tensor.parameter.grad for tensor in trained if tensor.parameter.grad is not None]
-    summed = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]), replicas)
-    for gradient, piece in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    addends = [(tensor, addend) for tensor in trained if (addend := tensor.addend()) is not None]
+    for (tensor, _), total in zip(addends, _summed([addend for _, addend in addends], ranks), strict=True):
+        tensor.take(total)
+    gradients = [tensor.gradient() for tensor in trained]
+    for gradient, total in zip(gradients, _summed(gradients, replicas), strict=True):
+        gradient.copy_(total)
+
+
+def _summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    """Every tensor's sum over the ranks; one collective for all of them."""
+    if ranks.world_size == 1 or not tensors:
+        return list(tensors)
+    total = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), ranks)
+    pieces = total.split([tensor.numel() for tensor in tensors])
+    return [piece.view_as(tensor) for tensor, piece in zip(tensors, pieces, strict=True)]
 
 
 def gradient_norm(trained: Sequence[Trained], ranks: Ranks) -> float:

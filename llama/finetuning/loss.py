@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.parallel.vocab import exponentials_, logits_of
-
-# Logits that exist at a time.
-LOGIT_FLOATS = 8 << 20
+from llama.parallel.vocab import LOGIT_FLOATS, exponentials_, logits_of
 
 
 def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor, weights: Tensor, factor: float) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from llama.errors import UsageError
+from llama.finetuning.targets import resolve_targets
 
 METHODS = ("prompt", "lora")
 INITS = ("text", "random")
@@ -73,6 +74,11 @@ class TrainSettings:
         )
         for name in ("lora_dropout", "eval_fraction"):
             _check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1", getattr(self, name))
+
+        if self.method == "lora":
+            resolve_targets(self.lora_targets)
+            if self.trainer == "hf":
+                raise UsageError("--trainer hf trains soft prompts alone: leave it out for --method lora")
 
     def _check_choices(self) -> None:
         for name, known in (

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama.data.batches import shard
 from llama.data.examples import Example
 from llama.errors import TrainingError
 from llama.finetuning.adapters import Adapter
@@ -137,10 +138,12 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.model.ranks.device)
         for micro, batch in enumerate(batches):
-            share = list(batch)[self.replicas.rank :: self.replicas.world_size]
+            share = shard(
+                range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch]
+            )
             if share:
                 self.tuning.begin_pass(step, micro)
-                loss = self.loss(share, factor)
+                loss = self.loss([batch[i] for i in share], factor)
                 loss.backward()
                 total += loss.detach().double()
         loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
@@ -154,6 +157,11 @@ class Stepper:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
         return result
+
+    def _share(self, batch: Sequence[Example]) -> list[Example]:
+        """What this copy of the model learns from a batch."""
+        lengths = [len(example.tokens) for example in batch]
+        return [batch[i] for i in shard(range(len(batch)), self.replicas.rank, self.replicas.world_size, lengths)]
 
     def loss(self, examples: Sequence[Example], factor: float) -> Tensor:
         """Sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
@@ -199,17 +207,17 @@ class Stepper:
 
 def n_targets(examples: Iterable[Example]) -> int:
     """Tokens that the examples teach."""
-    return sum(len(example.tokens) - example.n_context for example in examples)
+    return sum(example.n_learnt for example in examples)
 
 
 def check_same_batch(batches: Sequence[Sequence[Example]], step: int) -> None:
-    """Whether all ranks of the model see the same examples: a collective call.
+    """Whether all processes see the same examples, of which copies of the model take their shares: a collective call.
 
     Raises:
         TrainingError: when they differ, which would train no model at all.
     """
     seen = hashlib.sha256(repr([[example.tokens for example in batch] for batch in batches]).encode()).hexdigest()
-    digests = groups.gather_objects(seen)
+    digests = groups.exchange(seen)
     strangers = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strangers:
         raise TrainingError(

@@ -6,6 +6,7 @@ linear. What is written to a file is always whole, so that a run goes on at any 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor, nn
 
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
+
+
+def own_part(whole: Tensor, dim: int | None, cuts: Sequence[range], ranks: Ranks) -> Tensor:
+    """What this rank holds of a tensor that is cut along `dim` as `cuts` says, as a view; all of it for None."""
+    if dim is None:
+        return whole
+    own = cuts[ranks.rank]
+    return whole.narrow(dim, own.start, len(own))
 
 
 @dataclass(frozen=True)
@@ -50,27 +59,30 @@ class Trained:
         if self.dim is None or self.ranks.world_size == 1:
             return part.detach().clone()
         owned = self._owned()
-        return self._sum_of_parts(part.detach().narrow(self.dim, 0, len(owned)), owned.start)
+        return all_reduce(self._spread(part.detach().narrow(self.dim, 0, len(owned)), owned.start), self.ranks)
 
     def part(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor."""
-        if self.dim is None:
-            return whole
-        own = self.cuts[self.ranks.rank]
-        return whole.narrow(self.dim, own.start, len(own))
+        """This rank's part of a whole tensor, as a view of it."""
+        return own_part(whole, self.dim, self.cuts, self.ranks)
 
-    def settle_gradient(self) -> None:
-        """Sum over the ranks what each holds of the gradient; a collective where it is one."""
-        parameter = self.parameter
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    def gradient(self) -> Tensor:
+        """This rank's gradient, zeros where nothing flowed back."""
+        if self.parameter.grad is None:
+            self.parameter.grad = torch.zeros_like(self.parameter)
+        return self.parameter.grad
+
+    def addend(self) -> Tensor | None:
+        """What must be summed over the ranks to make the gradient whole; None where it is already."""
         if self.ranks.world_size == 1:
-            return
-        if self.dim is None and self.partial:
-            parameter.grad = all_reduce(parameter.grad, self.ranks)
-        elif self.dim is not None and self.overlaps:
-            # Each holder of a shared head saw the gradient of its own queries alone.
-            parameter.grad = self.part(self._sum_of_parts(parameter.grad, self.cuts[self.ranks.rank].start)).clone()
+            return None
+        if self.dim is None:
+            return self.gradient() if self.partial else None
+        # Each holder of a shared head saw the gradient of its own queries alone.
+        return self._spread(self.gradient(), self.cuts[self.ranks.rank].start) if self.overlaps else None
+
+    def take(self, total: Tensor) -> None:
+        """Set the gradient from the sum of all ranks' addends."""
+        self.gradient().copy_(self.part(total))
 
     def square_sum(self) -> Tensor:
         """This rank's part of the gradient's squared norm, float64: every entry is counted on one rank alone."""
@@ -87,10 +99,11 @@ class Trained:
         stop = min([own.stop, *(cut.start for cut in later)])
         return range(own.start, max(own.start, stop))
 
-    def _sum_of_parts(self, part: Tensor, start: int) -> Tensor:
+    def _spread(self, part: Tensor, start: int) -> Tensor:
+        """A tensor of the whole shape with `part` in its place from `start` on, and zeros."""
         assert self.dim is not None
         shape = list(self.parameter.shape)
         shape[self.dim] = self._total
         whole = part.new_zeros(shape)
         whole.narrow(self.dim, start, part.shape[self.dim]).copy_(part)
-        return all_reduce(whole, self.ranks)
+        return whole

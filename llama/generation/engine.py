@@ -101,11 +101,19 @@ class Engine:
     Args:
         model: this rank's shard.
         n_drawable: token ids from here on are padding and never chosen.
+        prefix: keys and values of what stands before every prompt, such as a soft prompt: a full cache of
+            one slot. Prompts take the positions behind it.
     """
 
     model: Transformer
     n_drawable: int
+    prefix: KVCache | None = None
     stats: Stats = field(default_factory=Stats)
+
+    @property
+    def n_prefix(self) -> int:
+        """Positions that stand before every prompt."""
+        return 0 if self.prefix is None else self.prefix.length
 
     def run(self, requests: Sequence[Request], max_batch_size: int) -> Iterator[Event]:
         """Run all requests, at most `max_batch_size` at a time; events come as they happen."""
@@ -113,11 +121,13 @@ class Engine:
         rows: list[_Row] = []
         n_slots = min(len(waiting), max_batch_size)
         length = max((len(r.prompt) + r.max_new for r in waiting), default=0)
-        cache = self.model.new_cache(n_slots, length)
+        cache = self.model.new_cache(n_slots, self.n_prefix + length)
+        if self.prefix is not None:
+            cache.begin_with(self.prefix)
         while waiting or rows:
             if waiting and len(rows) < n_slots:
                 admitted = self._next_group(waiting, n_slots - len(rows))
-                new = [_Row(r, len(r.prompt), r.prompt[-1]) for r in admitted]
+                new = [_Row(r, self.n_prefix + len(r.prompt), r.prompt[-1]) for r in admitted]
                 rows += new
                 yield from self._prefill(new, cache, len(rows) - len(new))
             else:
@@ -151,8 +161,9 @@ class Engine:
         wants_scores = any(row.request.score_prompt for row in rows)
         for start in range(0, n_tokens, PREFILL_TOKENS):
             stop = min(start + PREFILL_TOKENS, n_tokens)
-            positions = torch.arange(start, stop, device=device).expand(len(rows), -1)
-            view = cache.view(first, visible=stop, fresh=start == 0)
+            begin, end = self.n_prefix + start, self.n_prefix + stop
+            positions = torch.arange(begin, end, device=device).expand(len(rows), -1)
+            view = cache.view(first, visible=end, fresh=begin == 0)
             chunk = self.model.hidden(tokens[:, start:stop], positions=positions, cache=view)
             inside = (last >= start) & (last < stop)
             at = (last - start).clamp(0, stop - start - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,22 +11,24 @@ from typing import Any
 
 import torch
 
+from llama.cache import KVCache
 from llama.chat import REFUSAL, ChatFormat, Dialog
 from llama.chat import chat_format as choose_format
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.check import check_fit
-from llama.checkpoint.load import load_model
-from llama.checkpoint.source import Checkpoint, open_checkpoint
+from llama.checkpoint.opening import open_model
 from llama.console import notice
-from llama.device import choose_device, choose_dtype, peak_memory, set_threads
-from llama.errors import LlamaError, TokenizerError
+from llama.device import peak_memory
+from llama.errors import LlamaError
+from llama.finetuning.adapters import Adapter, LoraAdapter, PromptAdapter
+from llama.finetuning.lora import load_lora
+from llama.generation.adapted import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
 from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
 from llama.parallel import groups
-from llama.parallel.partition import Partition
-from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from llama.tokenizer import Tokenizer
 
 Stop = str | int | Sequence[str | int] | None
 
@@ -95,6 +98,7 @@ class Llama:
         max_batch_size: prompts that run at a time, at most.
         seed: of the sampling noise, unless a call brings its own.
         chat: how dialogs become tokens; None for the format that the tokenizer shows.
+        prefix: what stands before every prompt; see `Engine`. It does not count for `max_seq_len`.
     """
 
     def __init__(
@@ -106,11 +110,12 @@ class Llama:
         max_batch_size: int = 32,
         seed: int = 1,
         chat: ChatFormat | None = None,
+        prefix: KVCache | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
         self.format = choose_format("auto", tokenizer) if chat is None else chat
-        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size))
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix)
 
     @classmethod
     def build(
@@ -127,6 +132,7 @@ class Llama:
         threads: int | None = None,
         chat_format: str = "auto",
         plan: bool | Workload = True,
+        adapter: str | Path | Adapter | None = None,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -146,6 +152,9 @@ class Llama:
             chat_format: "auto", "llama2", "llama3" or "alpaca".
             plan: whether to check first that the model fits into memory; a `Workload` says what is going to
                 be run, where that is less than `max_batch_size` and `max_seq_len` allow.
+            adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
+                `llama.finetuning.adapter_files.read_adapter`. A soft prompt stands before BOS, runs once,
+                here, and does not count for `max_seq_len`.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -153,31 +162,29 @@ class Llama:
         started = time.perf_counter()
         with groups.phase("files"):
             _check_counts(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            if threads is not None:
-                _check_counts(threads=threads)
-            chosen_device = choose_device(device)
-            n_threads = set_threads(threads)
-            checkpoint = open_checkpoint(ckpt_dir)
-            tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
-            check_vocabulary(tokenizer, checkpoint)
-            size = groups.model_size(model_parallel_size)
-            partition = Partition.create(checkpoint.args, size, tensor_split)
-            args = checkpoint.args
-            chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, args.n_unique_params)
+            opened = open_model(ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads)
+            tokenizer, args = opened.tokenizer, opened.checkpoint.args
             chat = choose_format(chat_format, tokenizer)
+            adapter = settle_adapter(adapter, args)
         with groups.phase("plan"):
             if plan is not False:
-                limits, expected = Workload(max_batch_size, max_seq_len), None if plan is True else plan
-                check_fit(args, chosen_device, chosen_dtype, size, tensor_split, limits, expected)
-        ranks = groups.start(chosen_device, model_parallel_size)
+                n_virtual = n_virtual_tokens(adapter)
+                limits = Workload(max_batch_size, max_seq_len, n_virtual)
+                expected = None if plan is True else dataclasses.replace(plan, prefix=n_virtual)
+                n_ranks = opened.partition.world_size
+                check_fit(args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected)
+        ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
-            model = load_model(checkpoint, partition, ranks, chosen_dtype)
-            llama = cls(
-                model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-                chat=chat,
-            )  # fmt: skip
-        seconds = time.perf_counter() - started
-        notice(_describe_build(checkpoint, partition, ranks, chosen_dtype, n_threads, seconds))
+            model = opened.load(ranks)
+            if isinstance(adapter, LoraAdapter):
+                load_lora(model, adapter)
+        # The ranks compute it together: only once each of them has its shard.
+        prefix = prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
+        llama = cls(
+            model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
+            chat=chat, prefix=prefix,
+        )  # fmt: skip
+        notice(opened.describe(time.perf_counter() - started) + describe_adapter(adapter))
         return llama
 
     # -- tokens ------------------------------------------------------------------------------------
@@ -405,59 +412,6 @@ class Llama:
             f"decode {stats.decode_tokens} tokens in {stats.decode_seconds:.2f} s "
             f"({_rate(stats.decode_tokens, stats.decode_seconds)}); peak memory per rank {memory} GB"
         )
-
-
-# -- building --------------------------------------------------------------------------------------
-
-
-def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Whether a tokenizer can serve a model: ids that the model lacks would crash it, so it must not be larger.
-
-    Raises:
-        TokenizerError: naming both sizes.
-    """
-    known, rows = tokenizer.n_words, checkpoint.args.vocab_size
-    if known > rows:
-        raise TokenizerError(
-            f"the tokenizer has {known} tokens but the model only {rows}: it belongs to another model, "
-            "name its own with --tokenizer_path"
-        )
-    if 2 * known < rows:
-        raise TokenizerError(
-            f"the tokenizer has {known} tokens and the model {rows}, more than padding explains: "
-            "it belongs to another model, name its own with --tokenizer_path"
-        )
-    if known < rows:
-        notice(f"the tokenizer has {known} tokens, the model {rows}: the {rows - known} ids beyond are never sampled")
-
-
-def _describe_build(
-    checkpoint: Checkpoint,
-    partition: Partition,
-    ranks: groups.Ranks,
-    dtype: torch.dtype,
-    threads: int,
-    seconds: float,
-) -> str:
-    size = partition.world_size
-    where = "1 process" if size == 1 else f"{size} ranks"
-    files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
-    return (
-        f"loaded {_shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) "
-        f"in {seconds:.1f} s: "
-        f"{where} on {ranks.device.type}, {str(dtype).removeprefix('torch.')}, "
-        f"{threads} thread{'' if threads == 1 else 's'} each"
-    )
-
-
-def _shown(path: Path) -> Path:
-    """A path as a person would type it."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -19,12 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama.errors import LlamaError
+from llama.noise import GOLDEN, mix, noise_key, shift_right
 from llama.parallel.collectives import all_gather
 from llama.parallel.groups import Ranks
 
 # Candidates offered per rank for a nucleus without top_k, before more are asked for.
 NUCLEUS_CANDIDATES = (64, 1024)
-_MASK64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -108,34 +108,11 @@ def _column(values: Sequence[object], dtype: torch.dtype, device: torch.device) 
 # -- noise -----------------------------------------------------------------------------------------
 
 
-def _mix(x: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014) on a Python integer."""
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return x ^ (x >> 31)
-
-
-def noise_key(seed: int, index: int, position: int) -> int:
-    """A signed 64-bit key for the noise of one prompt's token at one position."""
-    key = 0
-    for value in (seed, index, position):
-        key = _mix((key + 0x9E3779B97F4A7C15 + value) & _MASK64)
-    return key - (1 << 64) if key >> 63 else key
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of int64: torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise of each token: keys [B], ids [B, C] or [C] int64 to [B, C] float32."""
-    x = keys.unsqueeze(-1) + ids * -7046029254386353131  # the golden ratio, odd, as int64
-    x = (x ^ _shift(x, 30)) * -4658895280553007687
-    x = (x ^ _shift(x, 27)) * -7723592293110705685
-    x = x ^ _shift(x, 31)
+    x = mix(keys.unsqueeze(-1) + ids * GOLDEN)
     # In (0, 1), with full relative precision near 0, where the largest noise comes from.
-    uniform = (_shift(x, 11).to(torch.float32) + 0.5) * 2.0**-53
+    uniform = (shift_right(x, 11).to(torch.float32) + 0.5) * 2.0**-53
     return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
 
 

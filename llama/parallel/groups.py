@@ -240,7 +240,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def exchange(text: str) -> list[str]:
-    """The `text` of every process, in order, before any group exists; every process makes this call.
+    """The `text` of every process, in order, groups or not; every process makes this call.
 
     Raises:
         RankLostError: when a process goes away meanwhile.

@@ -129,8 +129,12 @@ class RowParallelLinear(_Sharded):
         """[..., in_features], or this rank's features of them, to [..., out_features]."""
         if not self.input_is_parallel:
             x = scatter_to_ranks(x, self.cuts, self.ranks)
-        y = reduce_from_ranks(F.linear(x, self.weight), self.ranks)
+        y = reduce_from_ranks(self.partial(x), self.ranks)
         return y if self.bias is None else y + self.bias
+
+    def partial(self, x: Tensor) -> Tensor:
+        """This rank's features of x, [..., len(cuts[rank])], to its part of the sum: [..., out_features]."""
+        return F.linear(x, self.weight)
 
 
 class VocabParallelEmbedding(_Sharded):

@@ -9,6 +9,9 @@ from torch import Tensor
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
 
+# Logits that exist at a time where a loss is computed piece by piece.
+LOGIT_FLOATS = 8 << 20
+
 
 def log_sum_exp(logits: Tensor, ranks: Ranks) -> Tensor:
     """Logarithm of the softmax denominator over all ranks: [..., V'] float32 to [...]."""

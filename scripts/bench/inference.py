@@ -35,7 +35,7 @@ from llama.config import ModelArgs
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError
-from llama.generation.command import check_writable
+from llama.generation.tasks import check_writable
 from llama.geometries import geometry as published_geometry
 from llama.parallel.partition import Partition
 

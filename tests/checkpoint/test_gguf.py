@@ -7,36 +7,40 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf_judge import (
+    LINES,
+    NEAR_TIE,
+    assert_same_greedy,
+    gguf,
+    llama_cpp,
+    our_log_probs,
+    quiet_export,
+    their_greedy,
+    their_log_probs,
+    toy_spm,
+)
 from support import LLAMA3_ROPE, hf_model, meta_state, sp_twin, write_hf, write_meta
 
 from llama import Llama, load_tokenizer
 from llama.chat import Dialog, chat_format
 from llama.checkpoint import gguf as export
-from llama.checkpoint.gguf import TYPES, export_gguf
+from llama.checkpoint.gguf import TYPES
 from llama.checkpoint.layout import specs
 from llama.checkpoint.ollama import TEMPLATES
 from llama.checkpoint.source import open_checkpoint
+from llama.data.templates import PlainFormat
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
 
-gguf = pytest.importorskip("gguf")
-llama_cpp = pytest.importorskip("llama_cpp")
-
 ROOT = Path(__file__).parents[2]
 VOCAB = 400
-F32 = 0  # ggml's number of the type; llama.cpp's cache is float16 by default
-NEAR_TIE = 1e-4
-LINES = [
-    "The quick brown fox jumps over the lazy dog, and the dog sleeps on.",
-    "Once upon a time there was a small bird that sang in the old garden; 12 and 123 are numbers.",
-]
 AWKWARD = [
     "",
     " ",
@@ -66,24 +70,6 @@ AWKWARD = [
 # -- tools -----------------------------------------------------------------------------------------
 
 
-def toy_spm(folder: Path, **options: Any) -> Path:
-    """A SentencePiece model with the settings of Llama 2's."""
-    import sentencepiece
-
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "model_type": "bpe"}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(LINES * 3), model_prefix=str(folder / "tokenizer"), num_threads=1,
-        **{"vocab_size": 360, "byte_fallback": True, "minloglevel": 2, **settings, **options},
-    )  # fmt: skip
-    (folder / "tokenizer.vocab").unlink()
-    return folder
-
-
-def quiet_export(folder: Path, output: Path, type_name: str = "f32", **options: Any) -> Path:
-    return export_gguf(open_checkpoint(folder), load_tokenizer(folder), output, type_name, **options)
-
-
 def random_text(draw: random.Random) -> str:
     """Pieces of awkward texts in any order, with characters of all planes between them."""
     text = ""
@@ -93,75 +79,6 @@ def random_text(draw: random.Random) -> str:
         text += source[start : start + draw.randrange(1, 12)]
         text += draw.choice(["", " ", "  ", "\n", chr(draw.choice([draw.randrange(0x20, 0xD7FF), 0x1F600, 0x20000]))])
     return text
-
-
-@pytest.fixture
-def open_gguf(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Open a file in llama.cpp, on the CPU, with a float32 cache and every position's logits."""
-    opened = []
-    make_params = llama_cpp.llama_cpp.llama_model_default_params
-
-    def plain_kernels() -> Any:
-        # llama.cpp's kernels for AMX crash in some virtual machines, on any quantized model.
-        params = make_params()
-        params.use_extra_bufts = False
-        return params
-
-    monkeypatch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", plain_kernels)
-
-    def open_one(path: Path, **options: Any) -> Any:
-        settings = {"n_ctx": 256, "logits_all": True, "type_k": F32, "type_v": F32, "flash_attn": False}
-        model = llama_cpp.Llama(
-            str(path), n_threads=1, n_threads_batch=1, n_gpu_layers=0, verbose=False, **{**settings, **options}
-        )
-        opened.append(model)
-        return model
-
-    yield open_one
-    for model in opened:
-        model.close()
-
-
-def their_greedy(model: Any, prompt: Sequence[int], most: int, n_words: int) -> tuple[list[int], list[float]]:
-    """llama.cpp's most likely tokens, and by how much each beat the second."""
-    model.reset()
-    model.eval(prompt)
-    tokens, gaps = [], []
-    for _ in range(most):
-        logits = model.scores[model.n_tokens - 1][:n_words]  # ours never samples padding
-        second, first = np.partition(logits, -2)[-2:]
-        tokens.append(int(logits.argmax()))
-        gaps.append(float(first - second))
-        model.eval([tokens[-1]])
-    return tokens, gaps
-
-
-def their_log_probs(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """Log-probability of each token after the first."""
-    model.reset()
-    model.eval(tokens)
-    scores = torch.from_numpy(np.array(model.scores[: len(tokens) - 1])).log_softmax(-1)
-    return scores.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
-
-
-def our_log_probs(llama: Llama, tokens: Sequence[int]) -> torch.Tensor:
-    _, scores = llama.generate([tokens], max_gen_len=0, logprobs=True, echo=True)
-    assert scores is not None
-    return torch.tensor(scores[0][1:])
-
-
-def assert_same_greedy(llama: Llama, model: Any, prompts: Sequence[Sequence[int]], most: int) -> None:
-    """Token by token, up to our end of text or the first near tie, and of most prompts a good part."""
-    ours, _ = llama.generate(prompts, max_gen_len=most, temperature=0)
-    compared = 0
-    for prompt, mine in zip(prompts, ours, strict=True):
-        theirs, gaps = their_greedy(model, prompt, most, llama.tokenizer.n_words)
-        clear = next((i for i, gap in enumerate(gaps) if gap < NEAR_TIE), most)
-        assert mine[:clear] == theirs[: min(len(mine), clear)]
-        if len(mine) < clear:
-            assert theirs[len(mine)] in llama.tokenizer.stop_tokens
-        compared += min(len(mine), clear)
-    assert compared >= len(prompts) * most // 4
 
 
 # -- what it computes ------------------------------------------------------------------------------
@@ -467,21 +384,21 @@ DIALOGS: list[Dialog] = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "alpaca", "plain"])
 @pytest.mark.parametrize("dialog", DIALOGS, ids=["one", "system", "long"])
 def test_the_chat_template_says_what_our_format_says(
     tmp_path: Path, open_gguf: Callable[..., Any], name: str, dialog: Dialog
 ) -> None:
     jinja2 = pytest.importorskip("jinja2")
-    folder = (toy_spm if name == "llama2" else toy_ranks)(tmp_path / "model")
+    folder = (toy_ranks if name == "llama3" else toy_spm)(tmp_path / "model")
     tokenizer = load_tokenizer(folder)
     write_for(folder, tokenizer.n_words)
-    model = open_gguf(quiet_export(folder, tmp_path / "out.gguf"), vocab_only=True)
+    model = open_gguf(quiet_export(folder, tmp_path / "out.gguf", chat=name), vocab_only=True)
     template = jinja2.Template(model.metadata["tokenizer.chat_template"])
-    bos, eos = ("<s>", "</s>") if name == "llama2" else ("<|begin_of_text|>", "<|end_of_text|>")
+    bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if name == "llama3" else ("<s>", "</s>")
     text = template.render(messages=dialog, bos_token=bos, eos_token=eos, add_generation_prompt=True)
     ids = model.tokenize(text.encode(), add_bos=False, special=True)
-    assert ids == chat_format("auto", tokenizer).encode(dialog)
+    assert ids == (PlainFormat(tokenizer) if name == "plain" else chat_format(name, tokenizer)).encode(dialog)
 
 
 def test_ids_and_modelfile(tmp_path: Path, open_gguf: Callable[..., Any]) -> None:
@@ -524,7 +441,7 @@ def test_refusals(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "--type is 'q3'" in refusal(folder, out, "q3")
     assert "must end in .gguf" in refusal(folder, folder / "consolidated.00.pth", force=True)
     assert "is a folder" in refusal(folder, tmp_path)
-    assert "no template" in refusal(folder, out, chat="alpaca")
+    assert "no template" in refusal(folder, out, chat="vicuna")
     assert not out.parent.exists()
     other = toy_spm(write_for(tmp_path / "other", 350))
     assert "360 tokens, the model 350" in refusal(other, out)

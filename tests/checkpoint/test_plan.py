@@ -23,9 +23,10 @@ from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.source import open_checkpoint
 from llama.config import ModelArgs
 from llama.errors import LlamaError
-from llama.generation.command import Settings, Tasks, expected_work
+from llama.generation.adapted import prefix_of
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
+from llama.generation.tasks import Settings, Tasks, expected_work
 from llama.geometries import geometry
 from llama.model import Transformer
 from llama.parallel import groups
@@ -50,16 +51,29 @@ def counted(args: ModelArgs, work: Workload, dtype: torch.dtype, sampling: Sampl
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=0.02)
+    prefix = prefix_of(model, torch.zeros(work.prefix, args.dim)) if work.prefix else None
     prompt = [1] * (work.length - 1)
     requests = [Request(index, prompt, 1, sampling) for index in range(work.n_prompts)]
-    peak = peak_bytes(lambda: list(Engine(model, args.vocab_size).run(requests, work.n_prompts)))
+    peak = peak_bytes(lambda: list(Engine(model, args.vocab_size, prefix).run(requests, work.n_prompts)))
     kernels = Kernels(dtype.itemsize, torch.get_num_threads())
-    held = model.new_cache(work.n_prompts, work.length).nbytes
+    held = model.new_cache(work.n_prompts, work.prefix + work.length).nbytes
     return peak - held, activation_bytes(partition, ranks.rank, work, kernels)
 
 
 # A full pass, a pass of few tokens, a batch of several passes, a prompt of several passes.
-@pytest.mark.parametrize("work", [Workload(4, 256), Workload(1, 64), Workload(16, 512), Workload(1, 8500)], ids=str)
+# With virtual tokens before them, passes see the cache through a mask.
+@pytest.mark.parametrize(
+    "work",
+    [
+        Workload(4, 256),
+        Workload(1, 64),
+        Workload(16, 512),
+        Workload(1, 8500),
+        Workload(4, 256, 32),
+        Workload(16, 512, 50),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_activations_are_those_of_a_run(work: Workload, dtype: torch.dtype) -> None:
     real, planned = counted(GEOMETRIES["groups"], work, dtype, Sampling(temperature=0))
@@ -112,14 +126,15 @@ def test_weights_and_cache_are_those_of_a_loaded_model(
     tmp_path: Path, generation: str, world_size: int, split: str | None
 ) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, hf_model(generation)))
-    work = Workload(3, 40)
+    work = Workload(3, 40, prefix=5)
     plan = planner("1GB", world_size, checkpoint.args).plan(Setting(world_size, work, torch.float16, split))
     partition = Partition.create(checkpoint.args, world_size, split)
     for rank in range(world_size):
         model = load_model(checkpoint, partition, groups.Ranks(rank, world_size), torch.float16)
         items = {item.name: item.nbytes for item in plan.ranks[rank].items}
         assert items["weights"] == sum(parameter.nbytes for parameter in model.parameters())
-        assert items["KV cache"] == model.new_cache(work.n_prompts, work.length).nbytes
+        caches = model.new_cache(1, work.prefix), model.new_cache(work.n_prompts, work.prefix + work.length)
+        assert items["KV cache"] == sum(cache.nbytes for cache in caches)
 
 
 def test_llama_2_7b_by_hand() -> None:

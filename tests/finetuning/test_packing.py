@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import DIM, VOCAB, hf_model, meta_state
 from torch import Tensor
+from tuning_support import OPENING, TEMPLATES, batch_of
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
@@ -20,21 +21,6 @@ from llama.finetuning.step import Stepper, n_targets
 from llama.model import Transformer
 
 CPU = torch.device("cpu")
-# Two templates that open alike, as Alpaca's; then what differs.
-OPENING = list(range(10, 30))
-TEMPLATES = [[*OPENING, *range(40, 55)], [*OPENING, *range(60, 72)]]
-
-
-def example(rng: random.Random, template: int | None = None) -> Example:
-    head = TEMPLATES[rng.randrange(2) if template is None else template]
-    prompt = [1, *head, *(rng.randrange(100, VOCAB) for _ in range(rng.randrange(1, 12))), 9]
-    answer = [rng.randrange(100, VOCAB) for _ in range(rng.randrange(1, 15))]
-    return Example((*prompt, *answer, 2), len(prompt))
-
-
-def batch_of(n: int, seed: int = 0) -> list[Example]:
-    rng = random.Random(seed)
-    return [example(rng) for _ in range(n)]
 
 
 def model_in(dtype: torch.dtype, generation: str = "2") -> Transformer:

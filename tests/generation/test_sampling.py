@@ -7,7 +7,8 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llama.errors import LlamaError
-from llama.generation.sampling import Batch, Sampling, gumbel, noise_key, sample
+from llama.generation.sampling import Batch, Sampling, gumbel, sample
+from llama.noise import noise_key
 from llama.parallel import groups
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import even_ranges, weighted_ranges

@@ -1,0 +1,268 @@
+"""What `ft_main.py` does: read records, load a model, train, say where the result is."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama import env
+from llama.checkpoint.check import check_fit
+from llama.checkpoint.opening import Opened, open_model, shown
+from llama.console import is_speaker, notice
+from llama.data.batches import split_eval
+from llama.data.examples import Encoded, Example, encode_records
+from llama.data.records import digest, read_records
+from llama.errors import UsageError
+from llama.finetuning.lora import add_lora
+from llama.finetuning.prompt_tuning import SoftPrompt, initial_embeddings
+from llama.finetuning.run_folder import RunFolder
+from llama.finetuning.settings import TrainSettings
+from llama.finetuning.speed import checkpoint_blocks, compile_blocks
+from llama.finetuning.step import Tuning
+from llama.finetuning.targets import resolve_targets
+from llama.finetuning.trainer import Trainer
+from llama.finetuning.workload import workload
+from llama.model import Transformer
+from llama.parallel import groups
+
+ROOT = Path(__file__).parent.parent.parent
+BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
+# What is taken where a flag is not given. A soft prompt starts from the words that open Alpaca's template.
+DEFAULTS = {
+    "batch_size": 8,
+    "num_epochs": 3.0,
+    "warmup_steps": 0,
+    "init_text": "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.",
+}
+LEARNING_RATES = {"prompt": 0.03, "lora": 0.0003}
+# The bundled model is small and has read one kind of text: its prompt starts from that, and learns fast.
+BUNDLED = {
+    "batch_size": 16,
+    "num_epochs": 5.0,
+    "warmup_steps": 20,
+    "lr": 0.1,
+    "init_text": "Below is an instruction. Answer it. Question: What is 12 + 30? Answer: 42",
+}
+
+
+def train(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    dataset: str | None = None,
+    output_dir: str = "saved",
+    resume: bool = False,
+    method: str = "prompt",
+    trainer: str = "native",
+    template: str = "alpaca",
+    num_virtual_tokens: int = 32,
+    init: str = "text",
+    init_text: str | None = None,
+    lora_r: int = 8,
+    lora_alpha: float = 16.0,
+    lora_dropout: float = 0.05,
+    lora_targets: str = "wq,wv",
+    use_rslora: bool = False,
+    batch_size: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    num_epochs: float | None = None,
+    max_steps: int | None = None,
+    lr: float | None = None,
+    lr_scheduler: str = "cosine",
+    warmup_steps: int | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+    max_seq_len: int = 512,
+    train_on_prompt: bool = False,
+    eval_fraction: float = 0.0,
+    eval_steps: int = 100,
+    save_steps: int = 100,
+    save_total_limit: int = 2,
+    seed: int = 1,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    tp: int | None = None,
+    tensor_split: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    no_plan: bool = False,
+) -> None:
+    """Fine-tune a Llama on Alpaca records, on any number of ranks; the result is an adapter that PEFT loads too.
+
+    Args:
+        ckpt_dir: folder of the frozen weights, in any layout; without it, the bundled model.
+        tokenizer_path: its tokenizer; by default beside the weights or one folder up.
+        dataset: Alpaca records: a .json, .jsonl or .parquet file, a folder, or a name on the Hub.
+        output_dir: where checkpoints, logs and the adapter go.
+        resume: go on with the run in output_dir from its last checkpoint, at any number of ranks.
+        method: prompt (a soft prompt before the text) or lora.
+        trainer: native, or hf to have transformers' Trainer drive the same model and data.
+        template: how a record becomes a text: alpaca, llama2, llama3 or plain.
+        num_virtual_tokens: length of the soft prompt.
+        init: text, or random to start from random tokens of the vocabulary.
+        init_text: the text that the soft prompt starts from; by default Alpaca's opening words.
+        lora_r: rank of the updates.
+        lora_alpha: their scale; it is divided by the rank.
+        lora_dropout: part of a linear's inputs left out of its update in training.
+        lora_targets: linears that are updated, by Meta's or Hugging Face's names, or all.
+        use_rslora: divide alpha by the rank's square root.
+        batch_size: examples of a batch, over all copies of the model; by default 8.
+        gradient_accumulation_steps: batches of one optimiser step.
+        num_epochs: passes over the data; by default 3.
+        max_steps: optimiser steps, in place of num_epochs.
+        lr: peak learning rate; by default 0.03 for a soft prompt (the bundled run 0.1) and 0.0003 for lora.
+        lr_scheduler: constant, linear or cosine, after the warm-up.
+        warmup_steps: optimiser steps until the peak; by default 0.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are shortened to this.
+        max_seq_len: tokens of an example; longer ones lose their end.
+        train_on_prompt: learn the instruction too, not only the answer.
+        eval_fraction: part of the records set aside for evaluation.
+        eval_steps: optimiser steps between evaluations.
+        save_steps: optimiser steps between checkpoints.
+        save_total_limit: checkpoints that are kept.
+        seed: of the start, the order of the data and dropout.
+        activation_checkpointing: compute activations again instead of keeping them.
+        compile: compile the parts of the blocks that it pays for.
+        tp: ranks that share one model; the others hold copies and share the batch. By default all.
+        tensor_split: weights of the ranks, such as 3,1.
+        dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
+        device: auto, cpu, cuda, cuda:N or mps.
+        threads: CPU threads of each rank.
+        no_plan: load without asking first whether the memory suffices.
+    """
+    started = time.perf_counter()
+    with groups.phase("settings"):
+        settings = _settings(locals())
+        _check_ranks(settings, tp)
+        ckpt_dir, dataset = _sources(ckpt_dir, dataset)
+        folder = RunFolder(Path(output_dir))
+    with groups.phase("data"):
+        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads)
+        records = read_records(dataset)
+        encoded = encode_records(
+            records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
+        )
+        chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
+        description = _describe_run(settings, opened, digest(records))
+        folder.check(description, resume)
+    notice(f"{dataset}: {encoded.report()}")
+    with groups.phase("plan"):
+        if not no_plan:
+            size = opened.partition.world_size
+            work = workload(settings, env.world_size() // size, encoded.examples)
+            check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
+    ranks = groups.start(opened.device, tp)
+    with groups.phase("load"):
+        model = opened.load(ranks)
+        folder.claim(description)
+    notice(opened.describe(time.perf_counter() - started))
+    tuning = _tuning(settings, opened, model)
+    if settings.activation_checkpointing:
+        checkpoint_blocks(model)
+    if settings.compile:
+        compile_blocks(model)
+    run = Trainer(model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir))
+    if resume:
+        _resume(run)
+    run.run()
+    _say_result(run, started, ckpt_dir, tokenizer_path)
+
+
+def _settings(flags: dict[str, Any]) -> TrainSettings:
+    """The flags that are settings of the run, with the defaults that depend on others."""
+    if flags["init_text"] is not None and flags["init"] == "random":
+        raise UsageError("--init random and --init_text are given together: choose one")
+    given = {name: flags[name] for name in TrainSettings.__dataclass_fields__ if flags[name] is not None}
+    defaults: dict[str, Any] = {**DEFAULTS, "lr": LEARNING_RATES.get(flags["method"], 0.03)}
+    if flags["ckpt_dir"] is None and flags["method"] == "prompt":
+        defaults |= BUNDLED
+    return TrainSettings(**{**defaults, **given})
+
+
+def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
+    """The model and the records: both given, or the bundled ones."""
+    if (ckpt_dir is None) != (dataset is None):
+        missing = "--dataset" if dataset is None else "--ckpt_dir"
+        raise UsageError(f"{missing} must be given too; without both, the bundled model learns the bundled records")
+    if ckpt_dir is None or dataset is None:
+        return str(BUNDLED_MODEL), str(BUNDLED_DATA)
+    return ckpt_dir, dataset
+
+
+def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict[str, Any]:
+    """What must be the same for a run to go on."""
+    args = opened.checkpoint.args
+    return {
+        **settings.decisive(),
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        "data": records,
+        "model": {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "vocab_size": args.vocab_size},
+    }
+
+
+def _of(encoded: Encoded, indices: Sequence[int]) -> list[Example]:
+    return [encoded.examples[i] for i in indices]
+
+
+def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuning:
+    """What is going to be trained, in its first state; a collective call."""
+    if settings.method == "lora":
+        targets = resolve_targets(settings.lora_targets)
+        return add_lora(
+            model, settings.lora_r, settings.lora_alpha, targets, settings.lora_dropout, settings.use_rslora,
+            settings.seed,
+        )  # fmt: skip
+    text = None if settings.init == "random" else settings.init_text
+    start = initial_embeddings(model, opened.tokenizer, settings.num_virtual_tokens, text, settings.seed)
+    return SoftPrompt(model, start, text)
+
+
+def _check_ranks(settings: TrainSettings, tp: int | None) -> None:
+    n_processes = env.world_size()
+    size = n_processes if tp is None else tp
+    if size < 1 or n_processes % size:
+        raise UsageError(f"--tp {size} does not divide the {n_processes} processes: choose a number that does")
+    if settings.trainer == "hf" and size < n_processes:
+        raise UsageError(f"--trainer hf trains one copy of the model, not {n_processes // size}: leave --tp out")
+
+
+def _trainer_class(settings: TrainSettings) -> type[Trainer]:
+    if settings.trainer == "native":
+        return Trainer
+    from llama.finetuning.hf_trainer import HfTrainer  # transformers takes seconds to import
+
+    return HfTrainer
+
+
+def _resume(run: Trainer) -> None:
+    """Go on from the last checkpoint, where there is one."""
+    steps = groups.broadcast_object(run.folder.checkpoints())
+    if not steps:
+        notice(f"{run.folder.path} holds no checkpoint yet: the run starts anew")
+        return
+    with groups.phase("resume"):
+        run.restore(run.folder.load(steps[-1]))
+    notice(f"going on from {run.folder.folder(steps[-1])}: {run.n_done} of {run.n_steps} steps are done")
+
+
+def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None) -> None:
+    """Where the adapter is, and the command to try it."""
+    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
+    best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
+    where = shown(run.folder.path.resolve())
+    words = [] if Path(ckpt_dir) == BUNDLED_MODEL else ["--ckpt_dir", ckpt_dir]
+    words += ["--tuning_ckpt_path", str(where)]
+    words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
+    words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
+    n = env.world_size()
+    launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
+    if is_speaker():
+        print(
+            f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
+            f"{launcher} example_ft.py {shlex.join(words)}"
+        )

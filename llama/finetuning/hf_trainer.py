@@ -1,0 +1,140 @@
+"""The same run under `transformers.Trainer`: the same model, data, optimiser and files, another loop.
+
+Trainer takes the ranks that torchrun started for copies of a model and would feed each of them other examples;
+ours share one model. So it is made while what torchrun left in the environment is hidden: each rank
+has a Trainer that believes to be alone, and all of them take the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer as TransformersTrainer
+from transformers import TrainerCallback, TrainingArguments
+
+from llama.errors import TrainingError
+from llama.finetuning.logs import RunLog
+from llama.finetuning.step import Stepper, StepResult, n_targets
+from llama.finetuning.trainer import Trainer
+
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+class HfTrainer(Trainer):
+    """A run whose steps `transformers.Trainer` takes; for soft prompts, without copies of the model."""
+
+    def take_steps(self, log: RunLog | None) -> None:
+        """See `Trainer.take_steps`."""
+        with _hidden(_TORCHRUN):
+            loop = _Loop(self, log)
+        loop.train()
+
+
+@contextlib.contextmanager
+def _hidden(names: tuple[str, ...]) -> Iterator[None]:
+    kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+class _Tuned(nn.Module):
+    """What Trainer sees of the model: the trained tensors. The rest stays where it is."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        super().__init__()
+        self.stepper = stepper
+        self.trained = nn.ParameterList(tensor.parameter for tensor in stepper.tuning.trained)
+
+    def to(self, *args: Any, **kwargs: Any) -> _Tuned:
+        """The ranks' devices are chosen already."""
+        return self
+
+    def train(self, mode: bool = True) -> _Tuned:
+        self.stepper.model.train(mode)
+        return super().train(mode)
+
+
+class _Loop(TransformersTrainer):
+    """Trainer over whole optimiser steps: an item of its data is a step's list of batches."""
+
+    def __init__(self, run: Trainer, log: RunLog | None) -> None:
+        settings, first = run.settings, run.n_done
+        self.run_, self.loss, self.started = run, 0.0, time.perf_counter()
+        arguments = TrainingArguments(
+            output_dir=str(run.folder.path),
+            max_steps=run.n_steps - first,
+            per_device_train_batch_size=1,
+            max_grad_norm=settings.max_grad_norm,
+            seed=settings.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            use_cpu=True,  # it moves nothing: see _Tuned.to
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            run.optimizer, lambda step: settings.learning_rate(first + step, run.n_steps) / settings.lr
+        )
+        super().__init__(
+            model=_Tuned(run.stepper),
+            args=arguments,
+            optimizers=(run.optimizer, schedule),
+            callbacks=[_Told(self, log)],
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The steps that are left, in their order."""
+        steps = range(self.run_.n_done, self.run_.n_steps)
+        return DataLoader(steps, batch_size=1, collate_fn=lambda step: {"step": step[0]})  # type: ignore[arg-type]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of a step's batches; mean loss in nats over its learnt tokens."""
+        self.started = time.perf_counter()
+        model.train()
+        self.batches = self.run_.batches(inputs["step"])
+        factor = 1 / n_targets(example for batch in self.batches for example in batch)
+        total = torch.zeros((), dtype=torch.float64)
+        for micro, batch in enumerate(self.batches):
+            self.run_.tuning.begin_pass(inputs["step"], micro)
+            loss = self.run_.stepper.loss(batch, factor)
+            loss.backward()
+            total += loss.detach().double().cpu()
+        self.loss = float(total)
+        if not math.isfinite(self.loss):
+            raise TrainingError(
+                f"the loss is no finite number at step {inputs['step'] + 1}: nothing was updated; "
+                "lower --lr, or compute in --dtype bf16 or fp32"
+            )
+        return total
+
+
+class _Told(TrainerCallback):
+    """Passes on what Trainer did to the run's log, evaluation and checkpoints."""
+
+    def __init__(self, loop: _Loop, log: RunLog | None) -> None:
+        self.loop, self.log = loop, log
+        self.norm = self.lr = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The learning rate and the gradient that the update is made with, after clipping."""
+        group = self.loop.run_.optimizer.param_groups[0]
+        self.lr = group["lr"]
+        gradients = [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
+        self.norm = math.sqrt(sum(map(float, gradients)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A step is done."""
+        n_tokens = sum(len(example.tokens) for batch in self.loop.batches for example in batch)
+        seconds = time.perf_counter() - self.loop.started
+        self.loop.run_.step_done(self.log, StepResult(self.loop.loss, self.norm, n_tokens), self.lr, seconds)

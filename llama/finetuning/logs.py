@@ -1,0 +1,119 @@
+"""What a run shows and writes down as it goes: a bar, `metrics.jsonl`, TensorBoard, and a picture at the end.
+
+Only the speaking rank does any of it. A line of `metrics.jsonl` is a step (`step`, `epoch`, `loss` in nats, `lr`,
+`grad_norm`, `tokens`: the examples' own, padding and virtual ones not counted, `seconds`, `memory`: bytes at the
+peak on this rank) or an evaluation (`step`, `eval_loss`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama.console import notice
+from llama.finetuning.run_folder import replace_text
+
+METRICS, PICTURE, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
+# Lines that a run prints where no bar can be drawn.
+N_LINES = 10
+
+
+class RunLog:
+    """The log of one run.
+
+    Args:
+        folder: the run's.
+        n_done: steps done before; what was logged beyond them is dropped, since it will happen again.
+        n_steps: steps of the whole run.
+    """
+
+    def __init__(self, folder: Path, n_done: int, n_steps: int) -> None:
+        self.folder, self.n_steps = folder, n_steps
+        self.lines = _lines(folder / METRICS, n_done)
+        replace_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._board = _board(folder / TENSORBOARD, n_done)
+        self._draws = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=n_steps, initial=n_done, unit="step", desc="training", disable=not self._draws, dynamic_ncols=True
+        )
+
+    def step(self, line: dict[str, Any]) -> None:
+        """Log an optimiser step."""
+        self._write(line)
+        speed = line["tokens"] / line["seconds"]
+        self._bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {speed:,.0f} tokens/s, {line['memory'] / 1e9:.2f} GB",
+            refresh=False,
+        )
+        self._bar.update()
+        if not self._draws and (line["step"] == self.n_steps or line["step"] % max(1, self.n_steps // N_LINES) == 0):
+            notice(
+                f"step {line['step']}/{self.n_steps}: loss {line['loss']:.4f}, lr {line['lr']:.2e}, "
+                f"{speed:,.0f} tokens/s, {line['memory'] / 1e9:.2f} GB, {_left(self.lines, self.n_steps)} left"
+            )
+
+    def evaluation(self, step: int, loss: float) -> None:
+        """Log a loss on the examples set aside."""
+        self._write({"step": step, "eval_loss": loss})
+        self.say(f"step {step}: eval loss {loss:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line for a person, above the bar."""
+        self._bar.clear()
+        notice(text)
+
+    def close(self) -> None:
+        """Draw the losses and let go of the files."""
+        self._bar.close()
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+        try:
+            from llama.finetuning.picture import draw
+        except ImportError:
+            notice(f'{PICTURE} is not drawn: it needs matplotlib (pip install "llama-shards[plots]")')
+            return
+        draw(self.lines, self.folder / PICTURE)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name in line.keys() - {"step"}:
+                self._board.add_scalar(name, line[name], line["step"])
+
+
+def _lines(path: Path, n_done: int) -> list[dict[str, Any]]:
+    """What an earlier part of the run logged of the steps that count; a line cut off by a kill is dropped."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("step", n_done + 1) <= n_done:
+            lines.append(line)
+    return lines
+
+
+def _board(folder: Path, n_done: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=n_done + 1)
+
+
+def _left(lines: list[dict[str, Any]], n_steps: int) -> str:
+    """Time that the rest of the run takes at the pace of its last steps."""
+    recent = [line["seconds"] for line in lines[-50:] if "seconds" in line]
+    seconds = round((n_steps - lines[-1]["step"]) * sum(recent) / len(recent))
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

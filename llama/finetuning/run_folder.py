@@ -1,0 +1,201 @@
+"""The folder of a run: what it was asked to do, its checkpoints, and which of them are kept.
+
+    saved/
+      run.json                   settings, data and model of the run
+      adapter_config.json, adapter_model.safetensors     the result, once the run is done
+      best/                      the adapter of the lowest eval loss so far
+      checkpoint-100/            an adapter, and state.pt: all that the run needs to go on from here
+      metrics.jsonl, loss.png, tensorboard/
+
+Whatever is written takes its name only once it is whole: a run that is killed at any moment leaves its last
+checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint.folders import partial_folder
+from llama.checkpoint.source import PARTIAL
+from llama.config import ModelArgs, read_json
+from llama.errors import CheckpointError, TrainingError
+from llama.finetuning.adapter_files import read_adapter, write_adapter
+from llama.finetuning.adapters import Adapter
+
+RUN_FILE, STATE_FILE, BEST = "run.json", "state.pt", "best"
+FORMAT = "llama-shards-run/1"
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a run needs to go on, whole tensors on the CPU: it does not depend on the number of ranks.
+
+    What looks random in a run (the order of the data, dropout) follows from its seed and the number of the
+    step, so that number is the state of every generator.
+
+    Args:
+        step: optimiser steps done.
+        tensors: "weights/NAME" and the optimiser's "exp_avg/NAME" and "exp_avg_sq/NAME" of every trained tensor.
+        n_updates: steps that the optimiser took; fewer where float16 overflowed.
+        scale: the loss scale and the steps since it changed.
+        best: lowest eval loss so far and its step, where there was one.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    n_updates: int = 0
+    scale: tuple[float, int] = (1.0, 0)
+    best: tuple[float, int] | None = None
+
+
+class RunFolder:
+    """See the module; only one process writes.
+
+    Args:
+        path: the folder; made when it is claimed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    # -- whose it is -------------------------------------------------------------------------------
+
+    def check(self, description: Mapping[str, Any], resume: bool) -> None:
+        """Whether the run that `description` tells of may use the folder.
+
+        Raises:
+            TrainingError: another run's result is there, or with `resume` a run that was asked for something else.
+        """
+        if self.path.is_file():
+            raise TrainingError(f"--output_dir {self.path} is a file: name a folder")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not (self.path / RUN_FILE).exists():
+            raise TrainingError(f"--output_dir {self.path} holds other files: choose an empty or a new folder")
+        found = self._read_description()
+        if not resume:
+            raise TrainingError(
+                f"--output_dir {self.path} holds a run already: add --resume to go on with it, or choose another folder"
+            )
+        different = [
+            f"{key} {found.get(key)!r}, now {value!r}" for key, value in description.items() if found.get(key) != value
+        ]
+        if different:
+            raise TrainingError(f"{self.path} was started with other settings and cannot go on: {'; '.join(different)}")
+
+    def claim(self, description: Mapping[str, Any]) -> None:
+        """Make the folder this run's, and sweep out what an earlier part of it left half written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(f"*{PARTIAL}"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if not (self.path / RUN_FILE).exists():
+            replace_text(self.path / RUN_FILE, json.dumps({"format": FORMAT, **description}, indent=2) + "\n")
+
+    def _read_description(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.path / RUN_FILE)
+        except CheckpointError as error:
+            raise TrainingError(f"{error}; choose another --output_dir") from None
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise TrainingError(f"{self.path / RUN_FILE} is none of ours ({FORMAT}): choose another --output_dir")
+        return found
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints that are there, ascending."""
+        if not self.path.exists():
+            return []
+        matches = (_CHECKPOINT.match(entry.name) for entry in self.path.iterdir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def folder(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.path / f"checkpoint-{step}"
+
+    def save(self, state: TrainState, adapter: Adapter, args: ModelArgs, keep: int) -> None:
+        """Write a checkpoint, read it back, and drop the oldest beyond `keep`.
+
+        Raises:
+            CheckpointError, AdapterError: nothing was changed, such as when the disk is full.
+        """
+        with partial_folder(self.folder(state.step)) as folder:
+            write_adapter(folder, adapter, args)
+            content = {
+                "step": state.step,
+                "tensors": dict(state.tensors),
+                "n_updates": state.n_updates,
+                "scale": list(state.scale),
+                "best": list(state.best) if state.best else None,
+            }
+            # Serialised first: of a full disk the system tells, where torch would tell of its own writer.
+            buffer = io.BytesIO()
+            torch.save(content, buffer)
+            with (folder / STATE_FILE).open("wb") as file:
+                file.write(buffer.getbuffer())
+                os.fsync(file.fileno())
+            _compare(state, _read_state(folder / STATE_FILE), folder)
+        for step in self.checkpoints()[:-keep]:
+            shutil.rmtree(self.folder(step))
+
+    def save_best(self, adapter: Adapter, args: ModelArgs) -> None:
+        """Replace the best adapter so far."""
+        with partial_folder(self.path / BEST) as folder:
+            write_adapter(folder, adapter, args)
+
+    def save_result(self, adapter: Adapter, args: ModelArgs, use_best: bool) -> None:
+        """Put the run's result into its folder: the best adapter so far, or the one given."""
+        write_adapter(self.path, read_adapter(self.path / BEST, args) if use_best else adapter, args)
+
+    def load(self, step: int) -> TrainState:
+        """A checkpoint's state.
+
+        Raises:
+            TrainingError: when it is damaged.
+        """
+        return _read_state(self.folder(step) / STATE_FILE)
+
+
+def _read_state(path: Path) -> TrainState:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        best = tuple(found["best"]) if found["best"] else None
+        return TrainState(found["step"], found["tensors"], found["n_updates"], tuple(found["scale"]), best)
+    # What torch.load says of a damaged file depends on where it is damaged.
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrainingError(
+            f"{path} cannot be read ({reason}): delete {path.parent} and --resume goes on from the checkpoint before it"
+        ) from None
+
+
+def _compare(written: TrainState, found: TrainState, folder: Path) -> None:
+    same = written.tensors.keys() == found.tensors.keys() and all(
+        torch.equal(value, found.tensors[name]) for name, value in written.tensors.items()
+    )
+    if not same or written.step != found.step:
+        raise TrainingError(f"{folder} does not hold what was written: is the disk sound?")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file beside and rename it, so that no half of it is ever there."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None

@@ -1,0 +1,203 @@
+"""The loop: steps in their order, evaluations, checkpoints; a run that can be killed and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from llama.console import is_speaker
+from llama.data.batches import Order
+from llama.data.examples import Example
+from llama.device import peak_memory
+from llama.errors import TrainingError
+from llama.finetuning.logs import RunLog
+from llama.finetuning.run_folder import RunFolder, TrainState
+from llama.finetuning.settings import TrainSettings
+from llama.finetuning.step import Stepper, StepResult, Tuning, check_same_batch
+from llama.model import Transformer
+from llama.parallel import groups
+
+# How often ranks of one model compare what they are about to learn from.
+DIGEST_STEPS = 100
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Trainer:
+    """A run on one model. Every rank makes the same calls.
+
+    Args:
+        model: this rank's shard, frozen.
+        tuning: what is trained.
+        settings: how.
+        examples, eval_examples: to learn from and to evaluate on.
+        folder: where everything is written.
+        base_model: name of the base for the adapter's file.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tuning: Tuning,
+        settings: TrainSettings,
+        examples: Sequence[Example],
+        eval_examples: Sequence[Example],
+        folder: RunFolder,
+        base_model: str | None = None,
+    ) -> None:
+        self.model, self.tuning, self.settings, self.folder = model, tuning, settings, folder
+        self.examples, self.eval_examples, self.base_model = examples, eval_examples, base_model
+        self.order = Order(len(examples), settings.batch_size, settings.seed, settings.gradient_accumulation_steps)
+        self.n_steps = settings.n_steps(self.order.steps_per_epoch)
+        self.optimizer = make_optimizer(tuning, settings)
+        self.stepper = Stepper(model, tuning, self.optimizer, settings.max_grad_norm)
+        self.n_done = self.n_saved = 0
+        self.best: tuple[float, int] | None = None
+
+    # -- the loop ----------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train from where the run stands to its end, and put the adapter into the run's folder.
+
+        The result is the adapter of the lowest eval loss where examples were set aside, else the last one.
+
+        Raises:
+            TrainingError: a loss that is no number; what was learnt before it is saved.
+            CheckpointError: a checkpoint that cannot be written; the one before it stays.
+        """
+        with self._log() as log:
+            try:
+                self.take_steps(log)
+            except TrainingError:
+                if self.n_done > self.n_saved:
+                    self.save()
+                raise
+        self._finish()
+
+    def take_steps(self, log: RunLog | None) -> None:
+        """Take the steps that are left; after each, `step_done`."""
+        while self.n_done < self.n_steps:
+            started = time.perf_counter()
+            lr = self.settings.learning_rate(self.n_done, self.n_steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            result = self.stepper.run(self.n_done, self.batches(self.n_done))
+            self.step_done(log, result, lr, time.perf_counter() - started)
+
+    def batches(self, step: int) -> list[list[Example]]:
+        """The batches of a step, the same on every process: now and then they compare."""
+        batches = [[self.examples[i] for i in batch] for batch in self.order.step_batches(step)]
+        if step % DIGEST_STEPS == 0:
+            check_same_batch(batches, step)
+        return batches
+
+    def step_done(self, log: RunLog | None, result: StepResult, lr: float, seconds: float) -> None:
+        """Log a step; evaluate and save where it is time."""
+        if log is not None:
+            log.step(self._line(self.n_done, result, lr, seconds))
+        self.n_done += 1
+        last = self.n_done == self.n_steps
+        if self.eval_examples and (last or self.n_done % self.settings.eval_steps == 0):
+            self._evaluate(log)
+        if last or self.n_done % self.settings.save_steps == 0:
+            self.save()
+
+    def _line(self, step: int, result: StepResult, lr: float, seconds: float) -> dict[str, float]:
+        return {
+            "step": step + 1,
+            "epoch": round((step + 1) / self.order.steps_per_epoch, 4),
+            "loss": result.loss,
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "tokens": result.n_tokens,
+            "seconds": seconds,
+            "memory": peak_memory(self.model.ranks.device),
+        }
+
+    def _evaluate(self, log: RunLog | None) -> None:
+        size = self.settings.batch_size
+        # By length, so that a batch's rows are alike.
+        examples = sorted(self.eval_examples, key=lambda example: len(example.tokens))
+        loss = self.stepper.evaluate(examples[start : start + size] for start in range(0, len(examples), size))
+        if log is not None:
+            log.evaluation(self.n_done, loss)
+        if self.best is None or loss < self.best[0]:
+            self.best = (loss, self.n_done)
+            adapter = self.tuning.adapter(self.base_model)
+            with groups.phase("best"):
+                if is_speaker():
+                    self.folder.save_best(adapter, self.model.args)
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[RunLog | None]:
+        """The log on the rank that speaks, drawn and closed whatever happens."""
+        log = None
+        with groups.phase("log"):
+            if is_speaker():
+                log = RunLog(self.folder.path, self.n_done, self.n_steps)
+        try:
+            yield log
+        finally:
+            if log is not None:
+                log.close()
+
+    def _finish(self) -> None:
+        adapter = self.tuning.adapter(self.base_model)
+        with groups.phase("result"):
+            if is_speaker():
+                self.folder.save_result(adapter, self.model.args, use_best=self.best is not None)
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of the steps done; a collective call."""
+        state, adapter = self._state(), self.tuning.adapter(self.base_model)
+        with groups.phase("checkpoint"):
+            if is_speaker():
+                self.folder.save(state, adapter, self.model.args, self.settings.save_total_limit)
+        self.n_saved = self.n_done
+
+    def _state(self) -> TrainState:
+        tensors = {}
+        for tensor in self.tuning.trained:
+            tensors[f"weights/{tensor.name}"] = tensor.whole(tensor.parameter).cpu()
+            moments = self.optimizer.state.get(tensor.parameter, {})
+            for moment in MOMENTS:
+                if moment in moments:
+                    tensors[f"{moment}/{tensor.name}"] = tensor.whole(moments[moment]).cpu()
+        n_updates = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        scale = self.stepper.scale
+        return TrainState(self.n_done, tensors, n_updates, (scale.value, scale.n_good), self.best)
+
+    @torch.no_grad()
+    def restore(self, state: TrainState) -> None:
+        """Go on from a checkpoint, whatever the number of ranks that wrote it.
+
+        Raises:
+            TrainingError: when it is not of this run.
+        """
+        wanted = {f"weights/{tensor.name}" for tensor in self.tuning.trained}
+        if wanted - state.tensors.keys():
+            raise TrainingError(f"the checkpoint lacks {min(wanted - state.tensors.keys())}: it is of another run")
+        for tensor in self.tuning.trained:
+            parameter = tensor.parameter
+            parameter.copy_(tensor.part(state.tensors[f"weights/{tensor.name}"]))
+            if state.n_updates:
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(state.n_updates)),
+                    **{
+                        m: tensor.part(state.tensors[f"{m}/{tensor.name}"]).clone().to(parameter.device)
+                        for m in MOMENTS
+                    },
+                }
+        self.stepper.scale.value, self.stepper.scale.n_good = state.scale
+        self.n_done = self.n_saved = state.step
+        self.best = state.best
+
+
+def make_optimizer(tuning: Tuning, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over what is trained."""
+    parameters = [tensor.parameter for tensor in tuning.trained]
+    return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)

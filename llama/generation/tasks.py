@@ -1,0 +1,274 @@
+"""What a person asks of `example.py` and `example_ft.py`: read and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama.chat import Dialog, alpaca_prompt
+from llama.checkpoint.activations import Workload
+from llama.data.templates import FORMATS
+from llama.errors import LlamaError, UsageError
+from llama.generation.sampling import Sampling
+
+# The bundled model was trained for these; see ckpts/tiny/README.md.
+TINY_PROMPTS = (
+    "Once upon a time",
+    "3 + 4 =",
+    "Q: What is 27 + 15?\nA:",
+    "Question: Sort these numbers: 42 7 63.\nAnswer:",
+    "The reverse of dog hat boat is",
+)
+# Open ends, lists and few-shot tasks for a model that has read more.
+PROMPTS = (
+    "I believe the meaning of life is",
+    "Simply put, the theory of relativity states that ",
+    "A short recipe for pancakes:\n1.",
+    "Translate English to French:\n\ndog => chien\nhouse => maison\nbread => pain\ncheese =>",
+)
+
+
+# Of the kind that datasets/alpaca_tiny.json asks, none of them in it.
+TINY_INSTRUCTIONS = (
+    "What is 32 plus 12?",
+    "Add 12 and 28.",
+    "Which number is right after 682?",
+    "Name the number before 899.",
+    "Put these numbers in order: 91 98 74.",
+)
+INSTRUCTIONS = (
+    "Explain to a child what a prime number is.",
+    "Write a polite note that declines an invitation to dinner.",
+    "Name three reasons to walk rather than drive, one line each.",
+    "Write a Python function that says whether a year is a leap year.",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts are generated: the arguments of `Llama.stream`, and how results are shown."""
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    max_gen_len: int | None
+    logprobs: bool = False
+    echo: bool = False
+
+    def __post_init__(self) -> None:
+        Sampling(self.temperature, self.top_p, self.top_k)  # raises before anything is loaded
+        if self.max_gen_len is not None and self.max_gen_len < 0:
+            raise LlamaError(f"max_gen_len must be 0 or more, is {self.max_gen_len}")
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the methods of `Llama`."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "max_gen_len": self.max_gen_len,
+            "logprobs": self.logprobs,
+        }
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What is to be run: one of texts, dialogs, or whatever is typed.
+
+    Args:
+        prompts: texts.
+        dialogs: in place of texts.
+        interactive: texts are read from the keyboard.
+        template: one of `llama.data.templates.FORMATS`, into which texts are put as instructions.
+        input: what the instructions are about.
+        output_json: file that the results are written to.
+    """
+
+    prompts: Sequence[str] = ()
+    dialogs: Sequence[Dialog] = ()
+    interactive: bool = False
+    template: str | None = None
+    input: str = ""
+    output_json: str | None = None
+
+
+def read_tasks(
+    prompts: str | None,
+    prompt_file: str | None,
+    dialogs: str | None,
+    interactive: bool,
+    output_json: str | None,
+    ckpt_dir: str,
+) -> Tasks:
+    """What the flags ask for; built-in prompts when they ask for nothing.
+
+    Raises:
+        LlamaError: when they ask for several things, or for something that cannot be read.
+    """
+    sources = {"--prompts": prompts, "--prompt_file": prompt_file, "--dialogs": dialogs}
+    given = [flag for flag, value in sources.items() if value is not None] + ["--interactive"] * interactive
+    if len(given) > 1:
+        raise LlamaError(f"{' and '.join(given)} are given together: choose one")
+    if dialogs is not None:
+        tasks = Tasks(dialogs=read_dialogs(dialogs), output_json=output_json)
+    elif interactive:
+        tasks = Tasks(interactive=True, output_json=output_json)
+    else:
+        builtin = TINY_PROMPTS if is_tiny(ckpt_dir) else PROMPTS
+        tasks = Tasks(read_texts(prompts, prompt_file, builtin, "--prompts"), output_json=output_json)
+    check_writable(output_json)
+    return tasks
+
+
+def read_instructions(
+    instructions: str | None,
+    instruction_file: str | None,
+    input: str,
+    template: str,
+    interactive: bool,
+    output_json: str | None,
+    ckpt_dir: str,
+) -> Tasks:
+    """The instructions that the flags ask for; built-in ones when they ask for none.
+
+    Raises:
+        LlamaError: when they ask for several things, or for something that cannot be read.
+    """
+    if template not in FORMATS:
+        raise UsageError(f"unknown template {template!r}: use {', '.join(FORMATS)}")
+    if instructions is not None and instruction_file is not None:
+        raise LlamaError("--instructions and --instruction_file are given together: choose one")
+    given = instructions is not None or instruction_file is not None
+    if interactive and given:
+        raise LlamaError("--interactive reads instructions from the keyboard: leave the others out")
+    if input and not (given or interactive):
+        raise LlamaError("--input is what an instruction is about: add --instructions")
+    _check_unicode(input, "--input")
+    builtin = TINY_INSTRUCTIONS if is_tiny(ckpt_dir) else INSTRUCTIONS
+    texts = [] if interactive else read_texts(instructions, instruction_file, builtin, "--instructions")
+    check_writable(output_json)
+    return Tasks(texts, (), interactive, template, input, output_json)
+
+
+def expected_work(tasks: Tasks, settings: Settings, streaming: bool, max_batch_size: int, max_seq_len: int) -> Workload:
+    """What the tasks are going to need at a time: at most the limits, often less."""
+    n_prompts = 1 if tasks.interactive or (streaming and tasks.prompts) else len(tasks.prompts or tasks.dialogs)
+    length = max_seq_len
+    if tasks.prompts and settings.max_gen_len is not None:
+        # A token is a byte at least; BOS and a leading space come on top.
+        longest = max(len(_framed(prompt, tasks).encode()) for prompt in tasks.prompts) + 2
+        length = min(length, longest + settings.max_gen_len)
+    return Workload(max(1, min(n_prompts, max_batch_size)), max(1, length))
+
+
+def _framed(text: str, tasks: Tasks) -> str:
+    """A text as long as what the model reads, or longer: no template is longer than Alpaca's."""
+    return text if tasks.template is None else alpaca_prompt(text, tasks.input)
+
+
+def is_tiny(ckpt_dir: str) -> bool:
+    """Whether a path is that of the bundled model."""
+    return Path(ckpt_dir).name == "tiny"
+
+
+def read_texts(given: str | None, file: str | None, builtin: Sequence[str], flag: str) -> list[str]:
+    """Texts from a flag (a text or a JSON list), from a file, or built in.
+
+    Raises:
+        LlamaError: for an empty list, or a file that is missing, empty or not UTF-8.
+    """
+    if file is not None:
+        texts = _texts_of_file(Path(file))
+        _check_unicode(texts, file)
+        return texts
+    if given is not None:
+        texts = _one_or_list(given, flag)
+        _check_unicode(texts, flag)
+        return texts
+    return list(builtin)
+
+
+def _one_or_list(text: str, where: str) -> list[str]:
+    """A JSON list of texts, or the text itself where it is no JSON list."""
+    try:
+        is_list = isinstance(json.loads(text), list)
+    except ValueError:
+        is_list = False
+    return _list_of_texts(text, where) if is_list else [text]
+
+
+def _list_of_texts(text: str, where: str) -> list[str]:
+    values = _parse_json(text, where)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise LlamaError(f'{where} must be a JSON list of texts, such as ["one", "two"]')
+    if not values:
+        raise LlamaError(f"{where} is an empty list: give at least one prompt")
+    return values
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise LlamaError(f"{where} is not JSON: {error}") from None
+
+
+def _check_unicode(content: Any, where: str) -> None:
+    """Refuse what no tokenizer can encode: bytes that were no UTF-8, or one half of a surrogate pair."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise LlamaError(f"{where}: a text is not valid Unicode; write it in UTF-8") from None
+
+
+def _texts_of_file(path: Path) -> list[str]:
+    """A JSON list of texts, or one prompt a line; blank lines are skipped."""
+    text = read_text(path)
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise LlamaError(f"{path} holds no prompt: write one a line, or a JSON list in a .json file")
+    return _list_of_texts(text, str(path)) if path.suffix == ".json" else lines
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text, or a `LlamaError` that names the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise LlamaError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise LlamaError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def read_dialogs(path: str) -> list[Dialog]:
+    """Dialogs of a JSON file: a list of dialogs, or one dialog (a list of messages).
+
+    Raises:
+        LlamaError: when it is missing, empty, no JSON or no list.
+    """
+    content = _parse_json(read_text(Path(path)), path)
+    if not isinstance(content, list) or not content:
+        raise LlamaError(f'{path} holds no dialog: expected [[{{"role": "user", "content": "..."}}]]')
+    _check_unicode(content, path)
+    return [content] if isinstance(content[0], dict) else content
+
+
+def check_writable(path: str | None) -> None:
+    """Whether a result file can be written, told before the work rather than after it.
+
+    Raises:
+        LlamaError: when its folder is missing or closed, or it is a folder itself.
+    """
+    if path is None:
+        return
+    target = Path(path).resolve()
+    if target.is_dir():
+        raise LlamaError(f"cannot write {path}: it is a folder, give the name of a file")
+    if not target.parent.is_dir():
+        raise LlamaError(f"cannot write {path}: there is no folder {target.parent}, make it first")
+    if not os.access(target.parent, os.W_OK):
+        raise LlamaError(f"cannot write {path}: you may not write to {target.parent}")

@@ -1,0 +1,59 @@
+"""Noise from a counter instead of a generator: a function of what it is for, the same at every world size.
+
+The mixing function is SplitMix64's (Steele, Lea and Flood, 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GOLDEN = -7046029254386353131  # 2**64 divided by the golden ratio, odd, as int64
+_MASK64 = (1 << 64) - 1
+
+
+def noise_key(*values: int) -> int:
+    """A signed 64-bit key that depends on every one of some integers, and on their order."""
+    key = 0
+    for value in values:
+        key = _mix((key + GOLDEN + value) & _MASK64)
+    return key - (1 << 64) if key >> 63 else key
+
+
+def _mix(x: int) -> int:
+    """`mix` on an unsigned Python integer."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser of int64: neighbouring numbers come out unrelated."""
+    x = (x ^ shift_right(x, 30)) * -4658895280553007687
+    x = (x ^ shift_right(x, 27)) * -7723592293110705685
+    return x ^ shift_right(x, 31)
+
+
+def shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64: torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def dropped(key: Tensor, n_rows: int, features: Tensor, p: float) -> Tensor:
+    """Which entries of a matrix dropout leaves out, each with probability `p`.
+
+    Args:
+        key: of this matrix, int64 scalar.
+        n_rows: rows of the matrix.
+        features: [F] int64, the columns' numbers in the whole matrix, of which this may be a part.
+        p: in steps of 2**-32.
+
+    Returns:
+        [n_rows, F] bool, the same for a row and a feature in whatever part they are.
+    """
+    # Every row draws a hash function a * c + b, every feature its argument: pairwise independent (Dietzfelbinger,
+    # 1996), at one multiplication of int32 an entry, where mixing each takes ten passes over int64.
+    rows = mix(key + torch.arange(n_rows, device=key.device) * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))
+    columns = mix(features * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))[:, 0]
+    numbers = torch.addcmul(rows[:, 1:], rows[:, :1] | 1, columns)
+    return numbers < min(round(p * 2**32) - 2**31, 2**31 - 1)
