@@ -209,6 +209,7 @@ def _draw_losses(axes: Any, batch: Report) -> None:
         steps = range(1, len(loop["losses"]) + 1)
         width = 3 if name == "ours" else 1.2
         axes.plot(steps, loop["losses"], color=_colour(name), linewidth=width, marker=".", label=loop["label"])
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_title("loss before the step")
     axes.legend(frameon=False, fontsize="small")
