@@ -167,8 +167,7 @@ class _Step:
         n_seen = self.n_tokens + self.n_examples * self.work.n_virtual
         if self.on_cpu:
             # Padded rows in `llama.lean`, whose softmax is not kept; the mask as numbers for every head of a group.
-            padded = 1 + self.n_examples * PADDING / (2 * self.n_tokens)
-            rows = int((queries + 2 * n_seen * self.kv) * padded)
+            rows = int((queries + 2 * n_seen * self.kv) * self._padded())
             return (rows + self.q // self.kv * self._mask_entries()) * self.itemsize
         if not self.fused:
             # Repeated for each head and scaled in float32, with all probabilities.
@@ -176,6 +175,10 @@ class _Step:
         # Where examples differ in length their queries are padded beside the row, which the prefix keeps.
         rows = 3 * queries + 2 * n_seen * self.kv + self._mask_entries()
         return rows * self.itemsize + self.n_tokens * self.n_heads * FLOAT
+
+    def _padded(self) -> float:
+        """By how much a CPU's padding of attention makes rows longer, at its most."""
+        return 1 + self.n_examples * PADDING / self.n_tokens
 
     def _mask_entries(self) -> int:
         """[T, S]: every example sees the soft prompt and, causally, itself."""
@@ -223,7 +226,7 @@ class _Step:
         rows = min(self.n_text, max(1, LOGIT_FLOATS // self.vocab))
         # A piece's logits in the dtype and, turned into their slopes in place, in float32; slopes of pieces that are done.
         copied = self.itemsize if self.itemsize < FLOAT else 0
-        logits = rows * self.vocab * (FLOAT + 2 * copied) + (supervised if rows < self.n_text else 0)
+        logits = rows * self.vocab * (FLOAT + 2 * copied) + 2 * rows * FLOAT + (supervised if rows < self.n_text else 0)
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, NORM_BACKWARD * self.wide)
 
@@ -232,7 +235,8 @@ class _Step:
         # The gradients of the heads' output, of the row of queries, keys and values, and of the groups'.
         inner = (3 * self.q + 4 * self.kv) * self.n_tokens * self.itemsize
         if self.on_cpu:
-            inner += 3 * self._scores() * self.itemsize  # the softmax, its gradient and that of the scores
+            # The softmax, its gradient and that of the scores.
+            inner = int(inner * self._padded()) + 3 * self._scores() * self.itemsize
         elif not self.fused:
             inner += 2 * self._scores() * FLOAT
         freed = 3 * self.width
