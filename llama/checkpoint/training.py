@@ -224,7 +224,7 @@ class _Step:
         """The loss of all places but the first of each example, and the backward of the last norm."""
         supervised = self.n_text * self.dim * self.itemsize  # [M, E]
         rows = min(self.n_text, max(1, LOGIT_FLOATS // self.vocab))
-        # A piece's logits in the dtype and, turned into their slopes in place, in float32; slopes of pieces that are done.
+        # A piece's logits in the dtype and in float32, where they become slopes in place; slopes of pieces done.
         copied = self.itemsize if self.itemsize < FLOAT else 0
         logits = rows * self.vocab * (FLOAT + 2 * copied) + 2 * rows * FLOAT + (supervised if rows < self.n_text else 0)
         loss = self.stream + supervised + max(logits, 2 * supervised)
