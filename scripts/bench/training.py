@@ -35,7 +35,7 @@ from llama.data.examples import Example, encode_records
 from llama.data.records import read_records
 from llama.device import choose_dtype, set_threads
 from llama.errors import LlamaError
-from llama.generation.command import check_writable
+from llama.generation.tasks import check_writable
 from llama.tokenizer import load_tokenizer
 
 # What Alpaca's two templates take in Llama's tokenizer: words that all share, then those of either.
