@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama import lean
 from llama.attention import Context, attend
 from llama.cache import KVCache
 from llama.config import ModelArgs
@@ -23,7 +24,7 @@ from llama.parallel.collectives import copy_to_ranks, gather_last
 from llama.parallel.groups import Ranks
 from llama.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from llama.parallel.partition import Partition
-from llama.rope import apply_rope, rope_frequencies, rope_table, widened
+from llama.rope import apply_rope, rope_frequencies, rope_table
 
 Table = tuple[Tensor, Tensor]
 
@@ -40,7 +41,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., E] to [..., E]."""
-        wide = widened(x)
+        if lean.applies(x) and not self.weight.requires_grad:
+            return lean.rms_norm(x, self.weight, self.eps)
+        wide = lean.widened(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
@@ -192,7 +195,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """This rank's part of the logits: [..., E] to [..., V'] float32, or wider where the model is."""
-        return widened(self.output(copy_to_ranks(hidden, self.ranks)))
+        return lean.widened(self.output(copy_to_ranks(hidden, self.ranks)))
 
     def forward(
         self,

@@ -8,12 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from llama import lean
 from llama.config import ModelArgs, RopeScaling
-
-
-def widened(x: Tensor) -> Tensor:
-    """`x` in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
@@ -49,6 +45,8 @@ def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
     cos, sin = table
-    even, odd = widened(x).unflatten(-1, (-1, 2)).unbind(-1)
+    if lean.applies(x):
+        return lean.turn_pairs(x, cos, sin)
+    even, odd = lean.widened(x).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).type_as(x)

@@ -1,4 +1,4 @@
-"""The benchmark as a person starts it, on toy models: what it prints and writes, and that its peers agree."""
+"""The benchmarks as a person starts it, on toy models: what it prints and writes, and that its peers agree."""
 
 import json
 import subprocess
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.slow
 PARTS = {"tokens_per_second", "seconds"}
 
 
-def bench(root: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "scripts/bench/inference.py", *flags]
+def bench(root: Path, *flags: str, script: str = "inference") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, f"scripts/bench/{script}.py", *flags]
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
 
 
@@ -63,3 +63,33 @@ def test_a_mistake_is_told_in_one_line(root: Path) -> None:
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1].startswith("error: 9 ranks but only 8 attention heads")
     assert "Traceback" not in run.stderr
+
+
+def test_training_follows_trainer(root: Path, tmp_path: Path) -> None:
+    path, picture = tmp_path / "report.json", tmp_path / "chart.png"
+    flags = ("--quick", "--rounds", "2", "--batch_sizes", "3", "--device", "cpu", "--threads", "1")
+    run = bench(root, *flags, "--output_json", str(path), "--chart_path", str(picture), script="training")
+    assert run.returncode == 0, run.stderr
+    assert "examples/s" in run.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    report = json.loads(path.read_text())
+    assert set(report) == {"date", "command", "machine", "model", "settings", "trial", "batches"}
+    batch = report["batches"]["3"]
+    assert set(batch["loops"]) == {"ours", "hf", "hf_padded"}
+    assert batch["n_examples"] == [9, 9]
+    for loop in batch["loops"].values():
+        assert len(loop["seconds"]) == len(loop["cpu_seconds"]) == 2
+        assert len(loop["losses"]) == 9
+        assert 0 < loop["examples_per_second"]["min"] <= loop["examples_per_second"]["max"]
+        assert loop["memory"]["baseline_bytes"] < loop["memory"]["peak_bytes"]
+    for ratio in batch["ratio"].values():
+        # In float32, with steps taken: the same loss, gradient, clipping and optimiser on both sides.
+        assert ratio["loss_difference"] < 1e-4
+    losses = batch["loops"]["ours"]["losses"]
+    assert len(set(losses)) == len(losses)
+
+
+def test_training_names_a_missing_tokenizer(root: Path) -> None:
+    run = bench(root, "--quick", "--dataset", "records.json", "--device", "cpu", script="training")
+    assert run.returncode == 2
+    assert run.stderr.splitlines()[-1].startswith("error: --dataset and --tokenizer_path belong together")

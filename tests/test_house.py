@@ -9,7 +9,7 @@ import pytest
 
 # What each part of llama/ may import, by the part's first name; a part may always import itself.
 BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "attention", "cache", "parallel", "device", "noise"}
+MODEL = BASE | {"rope", "lean", "attention", "cache", "parallel", "device", "noise"}
 TEXT = {"errors", "tokenizer"}
 ALLOWED = {
     "errors": set(),
@@ -17,8 +17,9 @@ ALLOWED = {
     "console": {"env"},
     "config": {"errors", "console"},
     "geometries": {"errors", "config"},
-    "rope": {"config"},
-    "attention": set(),
+    "rope": {"config", "lean"},
+    "lean": set(),
+    "attention": {"lean"},
     "cache": {"attention"},
     "noise": set(),
     "device": {"env", "errors"},

@@ -22,6 +22,8 @@ from llama.parallel.vocab import LOGIT_FLOATS
 TRAINED_FLOATS = 4
 # Tensors [N, E] in float32 that an RMSNorm's backward makes.
 NORM_BACKWARD = 5
+# Places to which a CPU pads a row of attention, see `llama.finetuning.packed`.
+PADDING = 16
 # Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
 REDUCING = 4
 
@@ -104,6 +106,7 @@ class _Step:
     def __init__(self, partition: Partition, rank: int, work: Training, kernels: Kernels) -> None:
         args = partition.args
         self.work, self.itemsize, self.fused = work, kernels.itemsize, kernels.fused
+        self.on_cpu = kernels.threads > 0
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
         self.n_examples, self.n_text, self.longest = len(work.texts), sum(work.texts), max(work.texts)
         self.n_tokens = work.n_virtual + self.n_text
@@ -151,8 +154,8 @@ class _Step:
         return self.n_tokens * per_token + self._mask_entries()
 
     def _norm(self) -> int:
-        """RMSNorm's input in float32 and one factor a token."""
-        return self.wide + self.n_tokens * FLOAT
+        """RMSNorm's input and one factor a token, as `llama.lean` keeps them."""
+        return self.stream + self.n_tokens * FLOAT
 
     def _block(self) -> int:
         # SwiGLU keeps both linears' outputs and the first one's activation.
@@ -162,12 +165,20 @@ class _Step:
         """Queries, the keys and values that each example sees, outputs and what the softmax needs."""
         queries = self.n_tokens * self.q
         n_seen = self.n_tokens + self.n_examples * self.work.n_virtual
+        if self.on_cpu:
+            # Padded rows in `llama.lean`, whose softmax is not kept; the mask as numbers for every head of a group.
+            rows = int((queries + 2 * n_seen * self.kv) * self._padded())
+            return (rows + self.q // self.kv * self._mask_entries()) * self.itemsize
         if not self.fused:
             # Repeated for each head and scaled in float32, with all probabilities.
             return (queries + 2 * n_seen * self.q + self._scores()) * FLOAT + queries * self.itemsize
         # Where examples differ in length their queries are padded beside the row, which the prefix keeps.
         rows = 3 * queries + 2 * n_seen * self.kv + self._mask_entries()
         return rows * self.itemsize + self.n_tokens * self.n_heads * FLOAT
+
+    def _padded(self) -> float:
+        """By how much a CPU's padding of attention makes rows longer, at its most."""
+        return 1 + self.n_examples * PADDING / self.n_tokens
 
     def _mask_entries(self) -> int:
         """[T, S]: every example sees the soft prompt and, causally, itself."""
@@ -213,8 +224,9 @@ class _Step:
         """The loss of all places but the first of each example, and the backward of the last norm."""
         supervised = self.n_text * self.dim * self.itemsize  # [M, E]
         rows = min(self.n_text, max(1, LOGIT_FLOATS // self.vocab))
-        # A piece's logits and their exponentials; the slopes of pieces that are done.
-        logits = 2 * rows * self.vocab * FLOAT + (supervised if rows < self.n_text else 0)
+        # A piece's logits in the dtype and in float32, where they become slopes in place; slopes of pieces done.
+        copied = self.itemsize if self.itemsize < FLOAT else 0
+        logits = rows * self.vocab * (FLOAT + 2 * copied) + 2 * rows * FLOAT + (supervised if rows < self.n_text else 0)
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, NORM_BACKWARD * self.wide)
 
@@ -222,7 +234,10 @@ class _Step:
         """The backward of the last block: of SwiGLU, its norm, or attention, beyond what a whole block keeps."""
         # The gradients of the heads' output, of the row of queries, keys and values, and of the groups'.
         inner = (3 * self.q + 4 * self.kv) * self.n_tokens * self.itemsize
-        if not self.fused:
+        if self.on_cpu:
+            # The softmax, its gradient and that of the scores.
+            inner = int(inner * self._padded()) + 3 * self._scores() * self.itemsize
+        elif not self.fused:
             inner += 2 * self._scores() * FLOAT
         freed = 3 * self.width
         return self.stream + max(3 * self.width, NORM_BACKWARD * self.wide - freed, inner - freed - self._norm())

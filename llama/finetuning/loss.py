@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.parallel.vocab import LOGIT_FLOATS, log_sum_exp, logits_of
+from llama.parallel.vocab import LOGIT_FLOATS, exponentials_, logits_of
 
 
 def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor, weights: Tensor, factor: float) -> Tensor:
@@ -62,12 +62,11 @@ def _piece(
     scores = logits.detach()
     own = model.partition.vocab[model.ranks.rank]
     wanted, mine, local = logits_of(scores, targets, own, model.ranks)
-    log_norm = log_sum_exp(scores, model.ranks)
     weights = weights.to(scores.dtype) * factor
+    log_norm, total = exponentials_(scores, model.ranks)
     loss = ((log_norm - wanted) * weights).sum()
     if not wants_gradient:
         return loss, hidden[:0]
-    slope = scores.sub_(log_norm.unsqueeze(-1)).exp_()  # in place: the softmax
-    slope.scatter_add_(1, local.unsqueeze(1), -mine.to(slope.dtype).unsqueeze(1))
-    slope.mul_(weights.unsqueeze(1))
+    slope = scores.mul_((weights / total).unsqueeze(1))
+    slope.scatter_add_(1, local.unsqueeze(1), -(mine * weights).unsqueeze(1))
     return loss, torch.autograd.grad(logits, entered, slope)[0]

@@ -2,153 +2,25 @@
 
 All tokens of a batch stand in one row, without padding: the soft prompt, then what every example begins
 with (a template's opening words), then what many of them begin with (each template's own words), then the
-rest of each example. Linears and norms see that row. Attention alone is done group by group: a group's rows
-see their own tokens causally, and all of the shared stretches before them. The gradient is that of the
-plain computation, in which every example carries its own copy of what is shared: keys and values of a
-shared stretch are used by every example, and autograd sums what flows back to them.
-
-Shape legend: N tokens of the batch, P virtual tokens, G rows of a group, T tokens of its longest row,
-C tokens that a group sees before its own, H query heads and K KV heads of this rank, D head_dim.
+rest of each example. Linears and norms see that row. Attention alone is done group by group, see
+`llama.finetuning.packed`: a group's rows see their own tokens causally, and all of the shared stretches before them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import takewhile
 
 import torch
-from torch import Tensor
 
-from llama.attention import attend
 from llama.data.examples import Example
+from llama.finetuning.packed import Group, Packed
 
 # A template's own words are worth an attention call of their own from so many tokens on.
 SHORTEST_STEM = 8
 # A row shorter than this part of its group's longest one begins another group.
 EVENNESS = 0.7
-
-Span = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Rows that are attended together.
-
-    Args:
-        start: place of the first row's first token; the rows lie end to end from there.
-        lengths: tokens of each row.
-        before: stretches [start, stop) that every row sees whole, in the order of their positions.
-    """
-
-    start: int
-    lengths: tuple[int, ...]
-    before: tuple[Span, ...] = ()
-
-    @property
-    def stop(self) -> int:
-        """Place behind the last row's last token."""
-        return self.start + sum(self.lengths)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all rows are of one length."""
-        return len(set(self.lengths)) == 1
-
-    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where the padded rows take their tokens, [G * T] int64 (counted from `start`), and where they go back."""
-        lengths = torch.tensor(self.lengths)
-        steps = torch.arange(int(lengths.max()))
-        starts = lengths.cumsum(0) - lengths
-        real = steps < lengths[:, None]
-        # A padded place repeats the row's first token: later places are seen by no real one.
-        taken = starts[:, None] + steps * real
-        return taken.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device)
-
-    def mask(self, device: torch.device) -> Tensor | None:
-        """[T, C + T] bool, True where a query sees an entry; None for plain causal attention."""
-        n_before = sum(stop - start for start, stop in self.before)
-        if n_before == 0:
-            return None
-        width = max(self.lengths)
-        own = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-        return torch.cat((own.new_ones(width, n_before), own), dim=1)
-
-
-@dataclass
-class Packed:
-    """A batch in one row; a `llama.attention.Context` of one forward pass and its backward.
-
-    Args:
-        tokens: ids behind the soft prompt, [1, N - P] int64.
-        positions: [1, N] int64; every example's begin at 0 with the soft prompt.
-        groups: in the order of the row, of which they cover all.
-        supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
-        targets: those next tokens, [M] int64.
-        weights: how many examples learn each of them, [M] float32.
-        n_real: tokens that the plain computation would have without padding: every example's own, the virtual
-            ones not counted.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    groups: tuple[Group, ...]
-    supervised: Tensor
-    targets: Tensor
-    weights: Tensor
-    n_real: int
-    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[int, Tensor | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        device = self.tokens.device
-        for number, group in enumerate(self.groups):
-            self._masks[number] = group.mask(device)
-            if not group.is_even:
-                self._places[number] = group.rows(device)
-
-    @property
-    def n_targets(self) -> float:
-        """Tokens that are learnt, as often as examples learn them."""
-        return float(self.weights.sum())
-
-    @property
-    def n_computed(self) -> int:
-        """Tokens that pass through the model, virtual ones included."""
-        return self.positions.shape[1]
-
-    @property
-    def padding(self) -> float:
-        """The part of padding in what attention computes; linears compute none."""
-        padded = sum(max(group.lengths) * len(group.lengths) for group in self.groups)
-        return 1 - self.n_computed / padded
-
-    def mask(self, positions: Tensor) -> Tensor | None:
-        """No mask serves all tokens: every group has its own."""
-        return None
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], group by group."""
-        row_q, row_k, row_v = q[0], k[0], v[0]
-        parts = [self._attend_group(number, row_q, row_k, row_v) for number in range(len(self.groups))]
-        return torch.cat(parts).unsqueeze(0)
-
-    def _attend_group(self, number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, H, D], k and v [N, K, D] to the group's own [n, H * D]."""
-        group, places = self.groups[number], self._places.get(number)
-
-        def own(x: Tensor) -> Tensor:
-            x = x[group.start : group.stop]
-            x = x if places is None else x.index_select(0, places[0])
-            return x.unflatten(0, (len(group.lengths), -1))  # [G, T, heads, D]
-
-        def seen(x: Tensor) -> Tensor:
-            before = [x[start:stop].expand(len(group.lengths), -1, -1, -1) for start, stop in group.before]
-            return torch.cat((*before, own(x)), dim=1).transpose(1, 2)  # [G, K, C + T, D]
-
-        out = attend(own(q), seen(k), seen(v), self._masks[number]).flatten(0, 1)
-        return out if places is None else out.index_select(0, places[1])
 
 
 def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
@@ -201,17 +73,17 @@ class _Packer:
         return together + ([alone] if alone else [])
 
     def _add_shared(
-        self, members: Sequence[int], run: range, before: tuple[Span, ...], place: int | None = None
-    ) -> tuple[Span, ...]:
+        self, members: Sequence[int], run: range, before: tuple[int, ...], place: int | None = None
+    ) -> tuple[int, ...]:
         """Add the tokens `run` of the members' beginning, a stretch from `place` on; return what is seen after it."""
         place = len(self.positions) if place is None else place
         self._add_tokens(members, run)
         if len(self.positions) == place:
             return before
         self.groups.append(Group(place, (len(self.positions) - place,), before))
-        return (*before, (place, len(self.positions)))
+        return (*before, len(self.groups) - 1)
 
-    def _add_examples(self, members: Sequence[int], start: int, before: tuple[Span, ...]) -> None:
+    def _add_examples(self, members: Sequence[int], start: int, before: tuple[int, ...]) -> None:
         """Add the members' own tokens from `start` on, in groups of similar length."""
         rest = sorted((i for i in members if len(self.inputs[i]) > start), key=lambda i: -len(self.inputs[i]))
         while rest:

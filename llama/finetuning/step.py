@@ -21,7 +21,8 @@ from llama.errors import TrainingError
 from llama.finetuning.adapters import Adapter
 from llama.finetuning.gradients import clip, gradient_norm, settle
 from llama.finetuning.loss import cross_entropy
-from llama.finetuning.packing import Packed, pack
+from llama.finetuning.packed import Packed
+from llama.finetuning.packing import pack
 from llama.finetuning.trained import Trained
 from llama.model import Transformer
 from llama.parallel import groups

@@ -22,6 +22,18 @@ def log_sum_exp(logits: Tensor, ranks: Ranks) -> Tensor:
     return largest + all_reduce((local - largest).exp(), ranks).log()
 
 
+def exponentials_(logits: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Turn logits [..., V'] float32 into their exponentials, in place, each row's largest scaled to 1.
+
+    Returns:
+        The logarithm of the softmax denominator over all ranks, [...]; the sum of each row's exponentials over all
+        ranks, [...], by which they become probabilities.
+    """
+    largest = all_reduce(logits.amax(dim=-1), ranks, "max")
+    total = all_reduce(logits.sub_(largest.unsqueeze(-1)).exp_().sum(dim=-1), ranks)
+    return largest + total.log(), total
+
+
 def logits_of(logits: Tensor, targets: Tensor, own: range, ranks: Ranks) -> tuple[Tensor, Tensor, Tensor]:
     """The logit of each target, wherever it lies: logits [..., V'], targets [...] int64 to [...].
 

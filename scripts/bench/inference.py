@@ -41,6 +41,9 @@ from llama.parallel.partition import Partition
 
 # The bundled model's, for trying the benchmark itself.
 TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
+# For fine-tuning on a CPU: GPT-2's width and depth, 109.5 M parameters.
+SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
+UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -127,8 +130,8 @@ def prepared_weights(
 
 
 def model_args(name: str) -> ModelArgs:
-    """A published geometry, or the toy one called "tiny"."""
-    return TINY if name == "tiny" else published_geometry(name)
+    """A published geometry, or one of `UNPUBLISHED`."""
+    return UNPUBLISHED.get(name) or published_geometry(name)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -66,13 +66,13 @@ class Timing:
 
 
 class Peer(Protocol):
-    """An engine in its own process; `prepare` has run before, `load` comes once, `run` often."""
+    """An engine in its own process; `load` comes once, `run` often."""
 
-    def load(self, setup: Setup) -> None:
-        """Read the weights."""
+    def load(self, setup: Any) -> None:
+        """Read the weights; a `Setup`, or one that says more."""
 
-    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """Greedy decoding of one first token and `new_tokens` more for every prompt."""
+    def run(self, *task: Any) -> Any:
+        """One measured run, such as greedy decoding of one first token and `new_tokens` more for every prompt."""
 
 
 class Ours:
@@ -229,7 +229,7 @@ class Memory:
     resident_bytes: int
 
 
-def _serve(name: str, setup: Setup, rank: int, port: int, pipe: Connection) -> None:
+def _serve(kind: Kind, setup: Setup, rank: int, port: int, pipe: Connection) -> None:
     """A rank of a peer: loads, then answers tasks until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
     tqdm.set_lock(threading.RLock())  # its own would be left behind in the system
@@ -241,7 +241,7 @@ def _serve(name: str, setup: Setup, rank: int, port: int, pipe: Connection) -> N
         device = choose_device(setup.device)
         set_threads(max(1, setup.threads // setup.world_size))
         before, started = resident(), time.perf_counter()
-        peer = PEERS[name].make()
+        peer = kind.make()
         peer.load(setup)
         synchronize(device)
         pipe.send((True, Loaded(time.perf_counter() - started, before)))
@@ -260,12 +260,13 @@ class Running:
     """A peer in processes of its own; ask for one with `with Running(...) as peer`.
 
     Args:
-        name: of `PEERS`.
+        name: of `kinds`.
         setup: its weights, ranks and threads.
+        kinds: the engines that are compared.
     """
 
-    def __init__(self, name: str, setup: Setup) -> None:
-        self.name, self.setup, self.kind = name, setup, PEERS[name]
+    def __init__(self, name: str, setup: Setup, kinds: Mapping[str, Kind] = PEERS) -> None:
+        self.name, self.setup, self.kind = name, setup, kinds[name]
         self.loaded: list[Loaded] = []
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
@@ -276,7 +277,7 @@ class Running:
         try:
             for rank in range(self.setup.world_size):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(self.name, self.setup, rank, port, theirs), daemon=True)
+                process = context.Process(target=_serve, args=(self.kind, self.setup, rank, port, theirs), daemon=True)
                 process.start()
                 theirs.close()
                 self.pipes.append(ours)
@@ -294,7 +295,7 @@ class Running:
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
         """One measured run; the slowest rank's time counts."""
-        timings = self._ask((prompts, new_tokens))
+        timings = self.ask((prompts, new_tokens))
         return Timing(
             max(timing.prefill_seconds for timing in timings),
             max(timing.decode_seconds for timing in timings),
@@ -303,9 +304,10 @@ class Running:
 
     def memory(self) -> list[Memory]:
         """What each rank holds, in order."""
-        return self._ask("memory")
+        return self.ask("memory")
 
-    def _ask(self, task: Any) -> list[Any]:
+    def ask(self, task: Any) -> list[Any]:
+        """What each rank's `run` answers to the arguments in `task`."""
         for pipe in self.pipes:
             pipe.send(task)
         return self._answers()

@@ -94,8 +94,12 @@ def peer_report(peer: Running, timings: Sequence[Timing], n_prompt: int, n_new: 
 def _speed(seconds: Sequence[float], n_tokens: int) -> Report:
     # A difference of two times can come out at or below zero where both are tiny.
     rates = [n_tokens / max(one, 1e-9) for one in seconds]
-    spread = {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
-    return {"tokens_per_second": spread, "seconds": list(seconds)}
+    return {"tokens_per_second": spread(rates), "seconds": list(seconds)}
+
+
+def spread(values: Sequence[float]) -> Report:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(peers: Mapping[str, Report]) -> Report:
@@ -164,7 +168,11 @@ def _rows(report: Report) -> list[str]:
 
 
 def _cell(part: Report) -> str:
-    speed = part["tokens_per_second"]
+    return cell(part["tokens_per_second"])
+
+
+def cell(speed: Report) -> str:
+    """A median with its spread, as a table shows it."""
     digits = 0 if speed["median"] >= 1000 else 1 if speed["median"] >= 10 else 2
     return f"{speed['median']:.{digits}f} ({speed['min']:.{digits}f}–{speed['max']:.{digits}f})"
 

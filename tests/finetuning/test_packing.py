@@ -14,7 +14,8 @@ from tuning_support import OPENING, TEMPLATES, batch_of
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
-from llama.finetuning.packing import Packed, pack
+from llama.finetuning.packed import WIDTH_MULTIPLE, Packed
+from llama.finetuning.packing import EVENNESS, pack
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
 from llama.model import Transformer
@@ -120,8 +121,10 @@ def test_every_token_has_a_place_and_little_is_padding(sizes: list[int], n_virtu
     assert places == [0, *(group.stop for group in packed.groups[:-1])]
     assert packed.groups[-1].stop == packed.n_computed == packed.tokens.shape[1] + n_virtual
     assert packed.n_targets == n_targets(examples)
-    # Attention alone is padded, and no row by more than EVENNESS allows.
-    assert packed.padding <= 0.3
+    # Attention alone is padded, and no row by more than EVENNESS and a round width allow.
+    for group in packed.groups:
+        assert min(group.lengths) >= EVENNESS * max(group.lengths)
+        assert 0 <= group.width - max(group.lengths) < WIDTH_MULTIPLE
 
 
 def test_padding_of_a_batch_stays_below_five_per_cent_of_what_is_computed() -> None:
