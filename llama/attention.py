@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from llama import lean
 
 
 class Context(Protocol):
@@ -41,21 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         grouped = q.reshape(batch, n_groups, n_heads // n_groups, -1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return out.reshape(batch, 1, -1)
-    if q.device.type == "cpu" and lean.applies(q):
-        return _attend_in_products(q, k, v, mask)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=n_groups != n_heads
     )
     return out.transpose(1, 2).flatten(2)
-
-
-def _attend_in_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    batch, n_tokens, n_heads, _ = q.shape
-    n_groups = k.shape[1]
-    if mask is None:
-        mask = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).tril()
-    bias = q.new_zeros(mask.shape).masked_fill_(~mask, float("-inf"))
-    bias = bias.repeat(n_heads // n_groups, 1)
-    grouped = q.transpose(1, 2).reshape(batch, n_groups, -1, q.shape[-1])
-    out = lean.attention(grouped, k, v, bias)
-    return out.view(batch, n_heads, n_tokens, -1).transpose(1, 2).flatten(2)

@@ -1,10 +1,10 @@
 """A block's arithmetic around its matrices, with the backward written out: less is kept, fewer passes are made.
 
 Autograd keeps what every operation of a formula needs and passes over memory once for each of them; on a CPU in
-bfloat16 norms, rotations and attention's gradient then take longer than the matrices. Each function here
-keeps its inputs alone. They serve passes with gradient: inference and compiled graphs have the plain formulas.
+bfloat16 norms and rotations then take longer than they should. Each function here keeps
+its inputs alone. They serve passes with gradient: inference and compiled graphs have the plain formulas.
 
-Shape legend: B batch, T tokens, S tokens seen, E dim, H heads, K KV heads, D head_dim, M queries of a KV head.
+Shape legend: B batch, T tokens, E dim, H heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -33,20 +33,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Neighbouring pairs of features of x [B, T, H, D] turned by [B, T, 1, D/2]; see `llama.rope.apply_rope`."""
     return _Turn.apply(x, cos, sin)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention as two products of matrices: [B, K, M, D] as q.
-
-    Torch's fused kernel has a backward that takes three times as long on a CPU. Here, too, the softmax is computed
-    again in the backward and not kept.
-
-    Args:
-        q: [B, K, M, D], the queries of all heads of a group as rows of one matrix.
-        k, v: [B, K, S, D].
-        bias: [M, S] in the dtype of q, added to the scores.
-    """
-    return _Attention.apply(q, k, v, bias)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -81,29 +67,3 @@ class _Turn(torch.autograd.Function):
 def _turn(x: Tensor, by: Tensor) -> Tensor:
     pairs = torch.view_as_complex(widened(x).contiguous().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * by).flatten(-2).to(x.dtype)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        ctx.save_for_backward(q, k, v, bias)
-        return torch.bmm(_weights(q, k, bias), v).view(shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias = ctx.saved_tensors
-        shape, scale = grads[0].shape, q.shape[-1] ** -0.5
-        out = grads[0].flatten(0, 1)
-        weights = _weights(q, k, bias)
-        v_slope = torch.bmm(weights.transpose(1, 2), out)
-        slope = torch._softmax_backward_data(torch.bmm(out, v.transpose(1, 2)), weights, -1, q.dtype)
-        q_slope = torch.bmm(slope, k).mul_(scale)
-        k_slope = torch.bmm(slope.transpose(1, 2), q).mul_(scale)
-        of_groups = (*shape[:2], *k.shape[1:])
-        return q_slope.view(shape), k_slope.view(of_groups), v_slope.view(of_groups), None
-
-
-def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)

@@ -1,10 +1,10 @@
-"""A batch in one row, and attention over it group by group.
+"""A batch in one row, and attention over it.
 
-Keys and values of a shared stretch are used by every row behind it, and autograd sums what flows back to them: the
-gradient is that of the plain computation, in which every example carries its own copy.
+Keys and values of a shared stretch are used by every stretch behind it, and what flows back to them is summed:
+the gradient is that of the plain computation, in which every example carries its own copy.
 
-Shape legend: N tokens of the batch, P virtual tokens, G rows of a group, T tokens of a padded row, C tokens that a
-group sees before its own, M supervised places, H query heads and K KV heads of this rank, D head_dim.
+Shape legend: N tokens of the batch, P virtual tokens, T tokens of a stretch, C tokens that it sees before its own,
+M supervised places, H query heads and K KV heads of this rank, R queries of a KV head, D head_dim.
 """
 
 from __future__ import annotations
@@ -16,60 +16,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.attention import attend
-
-# Rows are padded for attention to a multiple of this: it then meets few shapes, and a CPU's library writes code for
-# each new one.
-WIDTH_MULTIPLE = 16
-
-Parts = Sequence[Tensor]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows that are attended together.
+class Stretch:
+    """Neighbouring tokens that see one another causally: what examples share, or the rest of an example.
 
     Args:
-        start: place of the first row's first token; the rows lie end to end from there.
-        lengths: tokens of each row.
-        before: numbers of earlier groups, of one row each, that every row sees whole; in the order of their positions.
+        start, stop: place in the row.
+        before: places of the stretches that it sees whole, in the order of their positions.
     """
 
     start: int
-    lengths: tuple[int, ...]
-    before: tuple[int, ...] = ()
+    stop: int
+    before: tuple[Span, ...] = ()
 
     @property
-    def stop(self) -> int:
-        """Place behind the last row's last token."""
-        return self.start + sum(self.lengths)
+    def seen(self) -> tuple[Span, ...]:
+        """All that its tokens see, its own last."""
+        return (*self.before, (self.start, self.stop))
 
-    @property
-    def width(self) -> int:
-        """Tokens of a padded row."""
-        return WIDTH_MULTIPLE * -(-max(self.lengths) // WIDTH_MULTIPLE)
-
-    @property
-    def is_padded(self) -> bool:
-        """Whether a row has less than the width."""
-        return min(self.lengths) < self.width
-
-    def rows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where the padded rows take their tokens, [G * T] int64 (counted from `start`), and where they go back."""
-        lengths = torch.tensor(self.lengths)
-        steps = torch.arange(self.width)
-        starts = lengths.cumsum(0) - lengths
-        real = steps < lengths[:, None]
-        # A padded place repeats the row's first token: later places are seen by no real one.
-        taken = starts[:, None] + steps * real
-        return taken.flatten().to(device), real.flatten().nonzero().squeeze(1).to(device)
-
-    def mask(self, n_before: int, device: torch.device) -> Tensor | None:
-        """[T, C + T] bool, True where a query sees an entry, with C `n_before`; None for plain causal attention."""
-        if n_before == 0:
-            return None
-        own = torch.ones(self.width, self.width, dtype=torch.bool, device=device).tril()
-        return torch.cat((own.new_ones(self.width, n_before), own), dim=1)
+    def bias(self, n_repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What is added to the scores: [n_repeats * T, C + T], 0 where a query sees an entry, else minus infinity."""
+        width = self.stop - self.start
+        own = torch.full((width, width), float("-inf"), dtype=dtype, device=device).triu(1)
+        before = own.new_zeros(width, sum(stop - start for start, stop in self.before))
+        return torch.cat((before, own), dim=1).repeat(n_repeats, 1)
 
 
 @dataclass
@@ -79,31 +52,22 @@ class Packed:
     Args:
         tokens: ids behind the soft prompt, [1, N - P] int64.
         positions: [1, N] int64; every example's begin at 0 with the soft prompt.
-        groups: in the order of the row, of which they cover all.
+        stretches: in the order of the row, of which they cover all but some padding at its end.
         supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
         targets: those next tokens, [M] int64.
-        weights: how many examples learn each of them, [M] float32.
+        weights: how many examples learn each of them, [M] float32; 0 for padding.
         n_real: tokens that the plain computation would have without padding: every example's own, the virtual
             ones not counted.
     """
 
     tokens: Tensor
     positions: Tensor
-    groups: tuple[Group, ...]
+    stretches: tuple[Stretch, ...]
     supervised: Tensor
     targets: Tensor
     weights: Tensor
     n_real: int
-    _places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[int, Tensor | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        device = self.tokens.device
-        for number, group in enumerate(self.groups):
-            n_before = sum(sum(self.groups[earlier].lengths) for earlier in group.before)
-            self._masks[number] = group.mask(n_before, device)
-            if group.is_padded:
-                self._places[number] = group.rows(device)
+    _biases: list[Tensor] = field(default_factory=list)
 
     @property
     def n_targets(self) -> float:
@@ -112,79 +76,100 @@ class Packed:
 
     @property
     def n_computed(self) -> int:
-        """Tokens that pass through the model, virtual ones included."""
+        """Tokens that pass through the model, virtual ones and padding included."""
         return self.positions.shape[1]
 
     @property
     def padding(self) -> float:
-        """The part of padding in what attention computes; linears compute none."""
-        padded = sum(group.width * len(group.lengths) for group in self.groups)
-        return 1 - self.n_computed / padded
+        """The part of padding in what is computed."""
+        return 1 - self.stretches[-1].stop / self.n_computed
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """No mask serves all tokens: every group has its own."""
+        """No mask serves all tokens: every stretch has its own."""
         return None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], group by group."""
-        # Split, not sliced: the backward then writes each gradient once.
-        rows = [x[0].split([sum(group.lengths) for group in self.groups]) for x in (q, k, v)]
-        parts = [self._attend_group(number, *rows) for number in range(len(self.groups))]
-        return torch.cat(parts).unsqueeze(0)
-
-    def _attend_group(self, number: int, q: Parts, k: Parts, v: Parts) -> Tensor:
-        """Each group's q [n, H, D], k and v [n, K, D] to one group's [n, H * D]."""
-        group, places = self.groups[number], self._places.get(number)
-        n_rows = len(group.lengths)
-
-        def own(x: Tensor) -> Tensor:
-            x = x if places is None else _Pad.apply(x, *places)
-            return x.unflatten(0, (n_rows, -1))  # [G, T, heads, D]
-
-        def seen(parts: Parts) -> Tensor:
-            before = [_for_rows(parts[earlier], n_rows) for earlier in group.before]
-            return torch.cat((*before, own(parts[number])), dim=1).transpose(1, 2)  # [G, K, C + T, D]
-
-        out = attend(own(q[number]), seen(k), seen(v), self._masks[number]).flatten(0, 1)
-        return out if places is None else _Unpad.apply(out, *places)
+        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], stretch by stretch."""
+        if not self._biases:  # the same in every layer
+            repeats = q.shape[2] // k.shape[2]
+            self._biases += [stretch.bias(repeats, q.dtype, q.device) for stretch in self.stretches]
+        return _Attention.apply(q[0], k[0], v[0], self.stretches, self._biases).unsqueeze(0)
 
 
-class _Pad(torch.autograd.Function):
-    """A group's tokens [n, ...] into its padded rows [G * T, ...].
+class _Attention(torch.autograd.Function):
+    """Softmax attention of all stretches as products of matrices.
 
-    No gradient reaches the padding, as no real query sees it: the backward takes the real places alone, where
-    `index_select`'s own would add to zeros place by place.
+    Torch's fused kernel has a backward that takes four times as long on a CPU, and autograd over many small pieces
+    costs as much again. As there, the softmax is computed again in the backward and not kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, taken: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
-        return x.index_select(0, taken)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], biases: Sequence[Tensor]
+    ) -> Tensor:
+        n_groups = k.shape[1]
+        queries, keys, values = _by_group(q, n_groups), _by_group(k, n_groups), _by_group(v, n_groups)
+        ctx.save_for_backward(queries, keys, values)
+        ctx.stretches, ctx.biases = stretches, biases
+        out = torch.zeros_like(queries)
+        for stretch, bias in zip(stretches, biases, strict=True):
+            weights = _weights(_own(queries, stretch), _seen(keys, stretch), bias)
+            _put(out, stretch, torch.bmm(weights, _seen(values, stretch)))
+        return _by_token(out).flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (real,) = ctx.saved_tensors
-        return grads[0].index_select(0, real), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values = ctx.saved_tensors
+        slopes = _by_group(grads[0].unflatten(1, (-1, queries.shape[-1])), keys.shape[0])
+        q_slope = torch.zeros_like(queries)
+        # What is shared is added to by every example: in float32 at least.
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        k_slope, v_slope = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        scale = queries.shape[-1] ** -0.5
+        for stretch, bias in zip(ctx.stretches, ctx.biases, strict=True):
+            q, k, v = _own(queries, stretch), _seen(keys, stretch), _seen(values, stretch)
+            slope, weights = _own(slopes, stretch), _weights(q, k, bias)
+            _add(v_slope, stretch, torch.bmm(weights.transpose(1, 2), slope))
+            score_slope = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), weights, -1, q.dtype)
+            _put(q_slope, stretch, torch.bmm(score_slope, k).mul_(scale))
+            _add(k_slope, stretch, torch.bmm(score_slope.transpose(1, 2), q).mul_(scale))
+        of_tokens = (_by_token(x).to(grads[0].dtype) for x in (q_slope, k_slope, v_slope))
+        return *of_tokens, None, None
 
 
-class _Unpad(torch.autograd.Function):
-    """The real places [n, ...] of padded rows [G * T, ...]; the padding's gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, taken: Tensor, real: Tensor) -> Tensor:
-        ctx.save_for_backward(real)
-        ctx.n_places = len(taken)
-        return x.index_select(0, real)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (real,) = ctx.saved_tensors
-        padded = grads[0].new_zeros(ctx.n_places, *grads[0].shape[1:])
-        return padded.index_copy_(0, real, grads[0]), None, None
+def _by_group(x: Tensor, n_groups: int) -> Tensor:
+    """[N, K * R, D] to [K, R, N, D]."""
+    return x.unflatten(1, (n_groups, -1)).permute(1, 2, 0, 3).contiguous()
 
 
-def _for_rows(x: Tensor, n_rows: int) -> Tensor:
-    """[C, K, D] to [G, C, K, D]."""
-    x = x.unsqueeze(0)
-    # An expansion is summed in the backward, even where there is nothing to sum.
-    return x if n_rows == 1 else x.expand(n_rows, -1, -1, -1)
+def _by_token(x: Tensor) -> Tensor:
+    """[K, R, N, D] to [N, K * R, D]."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _own(x: Tensor, stretch: Stretch) -> Tensor:
+    """A stretch's rows of [K, R, N, D], all queries of a KV head in one matrix: [K, R * T, D]."""
+    return x[:, :, stretch.start : stretch.stop].flatten(1, 2)
+
+
+def _put(x: Tensor, stretch: Stretch, values: Tensor) -> None:
+    """The way back of `_own`."""
+    x[:, :, stretch.start : stretch.stop] = values.unflatten(1, (x.shape[1], -1))
+
+
+def _seen(x: Tensor, stretch: Stretch) -> Tensor:
+    """What a stretch sees of [K, 1, N, D]: [K, C + T, D]."""
+    parts = [x[:, 0, start:stop] for start, stop in stretch.seen]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add(x: Tensor, stretch: Stretch, values: Tensor) -> None:
+    """The way back of `_seen`, adding."""
+    lengths = [stop - start for start, stop in stretch.seen]
+    for (start, stop), part in zip(stretch.seen, values.split(lengths, dim=1), strict=True):
+        x[:, 0, start:stop] += part
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """The softmax over what is seen: [K, R * T, C + T]."""
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)

@@ -1,9 +1,9 @@
-"""Training examples laid out so that what they share is computed once and nothing is padded.
+"""Training examples laid out so that what they share is computed once and next to nothing is padded.
 
-All tokens of a batch stand in one row, without padding: the soft prompt, then what every example begins
-with (a template's opening words), then what many of them begin with (each template's own words), then the
-rest of each example. Linears and norms see that row. Attention alone is done group by group, see
-`llama.finetuning.packed`: a group's rows see their own tokens causally, and all of the shared stretches before them.
+All tokens of a batch stand in one row: the soft prompt, then what every example begins with (a template's opening
+words), then what many of them begin with (each template's own words), then the rest of each example. Linears
+and norms see that row. Attention alone is done stretch by stretch (`llama.finetuning.packed`): a stretch sees its
+own tokens causally, and all of the shared stretches before it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from itertools import takewhile
 import torch
 
 from llama.data.examples import Example
-from llama.finetuning.packed import Group, Packed
+from llama.finetuning.packed import Packed, Span, Stretch
 
 # A template's own words are worth an attention call of their own from so many tokens on.
 SHORTEST_STEM = 8
-# A row shorter than this part of its group's longest one begins another group.
-EVENNESS = 0.7
+# Lengths are rounded up to one of so many steps between a power of two and the next: a library of matrix products
+# writes code for each length that it meets, and keeps only so much of it.
+LENGTH_STEPS = 24
 
 
 def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
@@ -44,7 +45,7 @@ class _Packer:
         self.inputs = [example.tokens[:-1] for example in examples]
         self.row: list[int] = []
         self.positions = list(range(n_virtual))
-        self.groups: list[Group] = []
+        self.stretches: list[Stretch] = []
         self.paths: list[list[int]] = [[] for _ in examples]
         everyone = list(range(len(examples)))
         n_shared = self._common(everyone) if share else 0
@@ -73,27 +74,23 @@ class _Packer:
         return together + ([alone] if alone else [])
 
     def _add_shared(
-        self, members: Sequence[int], run: range, before: tuple[int, ...], place: int | None = None
-    ) -> tuple[int, ...]:
+        self, members: Sequence[int], run: range, before: tuple[Span, ...], place: int | None = None
+    ) -> tuple[Span, ...]:
         """Add the tokens `run` of the members' beginning, a stretch from `place` on; return what is seen after it."""
         place = len(self.positions) if place is None else place
         self._add_tokens(members, run)
         if len(self.positions) == place:
             return before
-        self.groups.append(Group(place, (len(self.positions) - place,), before))
-        return (*before, len(self.groups) - 1)
+        self.stretches.append(Stretch(place, len(self.positions), before))
+        return self.stretches[-1].seen
 
-    def _add_examples(self, members: Sequence[int], start: int, before: tuple[int, ...]) -> None:
-        """Add the members' own tokens from `start` on, in groups of similar length."""
-        rest = sorted((i for i in members if len(self.inputs[i]) > start), key=lambda i: -len(self.inputs[i]))
-        while rest:
-            longest = len(self.inputs[rest[0]]) - start
-            group = [i for i in rest if len(self.inputs[i]) - start >= EVENNESS * longest]
-            place = len(self.positions)
-            for i in group:
+    def _add_examples(self, members: Sequence[int], start: int, before: tuple[Span, ...]) -> None:
+        """Add the members' own tokens from `start` on."""
+        for i in members:
+            if len(self.inputs[i]) > start:
+                place = len(self.positions)
                 self._add_tokens([i], range(start, len(self.inputs[i])))
-            self.groups.append(Group(place, tuple(len(self.inputs[i]) - start for i in group), before))
-            rest = rest[len(group) :]
+                self.stretches.append(Stretch(place, len(self.positions), before))
 
     def _add_tokens(self, members: Sequence[int], run: range) -> None:
         places = range(len(self.positions), len(self.positions) + len(run))
@@ -107,13 +104,21 @@ class _Packer:
         for example, path in zip(self.examples, self.paths, strict=True):
             first = example.n_context
             learnt.update(zip(path[first - 1 :], example.tokens[first:], strict=True))
-        places, targets = zip(*learnt, strict=True)
+        n_pad = round_up(len(self.positions)) - len(self.positions)
+        n_idle = round_up(len(learnt)) - len(learnt)
+        places, targets = zip(*learnt, *[(0, 0)] * n_idle, strict=True)
         return Packed(
-            tokens=torch.tensor([self.row], device=device, dtype=torch.int64),
-            positions=torch.tensor([self.positions], device=device),
-            groups=tuple(self.groups),
+            tokens=torch.tensor([[*self.row, *[0] * n_pad]], device=device, dtype=torch.int64),
+            positions=torch.tensor([[*self.positions, *range(n_pad)]], device=device),
+            stretches=tuple(self.stretches),
             supervised=torch.tensor(places, device=device),
             targets=torch.tensor(targets, device=device),
-            weights=torch.tensor(list(learnt.values()), device=device, dtype=torch.float32),
+            weights=torch.tensor([*learnt.values(), *[0] * n_idle], device=device, dtype=torch.float32),
             n_real=sum(len(example.tokens) for example in self.examples),
         )
+
+
+def round_up(length: int) -> int:
+    """The next length that is used: at most 1 / LENGTH_STEPS more."""
+    step = max(1, 2 ** (length.bit_length() - 1) // LENGTH_STEPS)
+    return step * -(-length // step)

@@ -107,7 +107,7 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
 def assert_planned(runs: list[float], most: float = MOST) -> None:
     """Hold the smallest count from below, since gloo lets go of a buffer late now and then, and the middle one from
     above, since the profiler orders events that coincide as it likes."""
-    assert LEAST <= max(runs), runs
+    assert max(runs) >= LEAST, runs
     assert sorted(runs)[len(runs) // 2] <= most, runs
 
 

@@ -14,8 +14,7 @@ from tuning_support import OPENING, TEMPLATES, batch_of
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
-from llama.finetuning.packed import WIDTH_MULTIPLE, Packed
-from llama.finetuning.packing import EVENNESS, pack
+from llama.finetuning.packing import pack, round_up
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
 from llama.model import Transformer
@@ -104,7 +103,7 @@ def test_what_is_shared_stands_in_the_row_once() -> None:
     row = packed.tokens[0].tolist()
     assert [row.count(token) for token in (1, OPENING[0], 40, 60)] == [1, 1, 1, 1]
     own = sum(len(one.tokens) - 1 - 1 - len(TEMPLATES[40 not in one.tokens]) for one in examples)
-    assert packed.n_computed == 4 + 1 + len(OPENING) + 15 + 12 + own
+    assert packed.n_computed == round_up(4 + 1 + len(OPENING) + 15 + 12 + own)
     assert packed.n_real == sum(len(one.tokens) for one in examples)
 
 
@@ -117,18 +116,41 @@ def test_every_token_has_a_place_and_little_is_padding(sizes: list[int], n_virtu
     rng = random.Random(3)
     examples = [Example((1, *(rng.randrange(3, VOCAB) for _ in range(size)), 2), 1) for size in sizes]
     packed = pack(examples, n_virtual, CPU)
-    places = [group.start for group in packed.groups]
-    assert places == [0, *(group.stop for group in packed.groups[:-1])]
-    assert packed.groups[-1].stop == packed.n_computed == packed.tokens.shape[1] + n_virtual
+    places = [stretch.start for stretch in packed.stretches]
+    assert places == [0, *(stretch.stop for stretch in packed.stretches[:-1])]
+    assert packed.stretches[-1].stop <= packed.n_computed == packed.tokens.shape[1] + n_virtual
     assert packed.n_targets == n_targets(examples)
-    # Attention alone is padded, and no row by more than EVENNESS and a round width allow.
-    for group in packed.groups:
-        assert min(group.lengths) >= EVENNESS * max(group.lengths)
-        assert 0 <= group.width - max(group.lengths) < WIDTH_MULTIPLE
+    assert packed.padding < 0.05
+    assert len(packed.weights) - packed.weights.count_nonzero() < 0.05 * len(packed.weights)
 
 
-def test_padding_of_a_batch_stays_below_five_per_cent_of_what_is_computed() -> None:
-    """Linears and the loss compute none at all: only attention's rows are padded, a small part of the work."""
-    packed: Packed = pack(batch_of(32), 32, CPU)
-    assert packed.positions.shape == (1, packed.n_computed)
-    assert packed.supervised.shape[0] <= packed.n_targets
+def test_lengths_are_few_and_hardly_longer() -> None:
+    lengths = {round_up(length) for length in range(1, 4097)}
+    assert all(length <= round_up(length) < 1.05 * length for length in range(1, 4097))
+    assert len(lengths) < 250
+
+
+def own_and_torchs(n_heads: int, n_kv_heads: int) -> list[Tensor]:
+    """Attention over one batch and its gradients: ours, and torch's with every example laid out whole."""
+    torch.manual_seed(2)
+    packed = pack(batch_of(5), 3, CPU)
+    shapes = [(1, packed.n_computed, heads, 8) for heads in (n_heads, n_kv_heads, n_kv_heads)]
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    ours = packed.attend(0, q, k, v, packed.positions, None)
+    theirs = torch.zeros_like(ours)
+    for stretch in packed.stretches:
+        seen = torch.cat([torch.arange(*span) for span in stretch.seen])
+        width = stretch.stop - stretch.start
+        mask = torch.ones(width, len(seen), dtype=torch.bool).tril(len(seen) - width)
+        heads = (q[:, stretch.start : stretch.stop], k[:, seen], v[:, seen])
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads), attn_mask=mask, enable_gqa=True)
+        theirs[:, stretch.start : stretch.stop] = out.transpose(1, 2).flatten(2)
+    slope = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (q, k, v), slope)
+    wanted = torch.autograd.grad(theirs, (q, k, v), slope)
+    return [a - b for a, b in zip((ours, *found), (theirs, *wanted), strict=True)]
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
+def test_attention_over_stretches_is_torchs(n_kv_heads: int) -> None:
+    assert all(difference.abs().max() < 1e-12 for difference in own_and_torchs(4, n_kv_heads))
