@@ -150,7 +150,8 @@ def train(
         chosen, aside = split_eval(len(encoded.examples), settings.eval_fraction, settings.seed)
         description = _describe_run(settings, opened, digest(records))
         folder.check(description, resume)
-    notice(f"{dataset}: {encoded.report()}")
+    name = shown(Path(dataset)) if Path(dataset).is_absolute() else dataset
+    notice(f"{name}: {encoded.report()}")
     with groups.phase("plan"):
         if not no_plan:
             size = opened.partition.world_size
