@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llama import env
 from llama.checkpoint.check import check_fit
 from llama.checkpoint.opening import Opened, open_model, shown
+from llama.checkpoint.source import Checkpoint
 from llama.console import is_speaker, notice
 from llama.data.batches import split_eval
 from llama.data.examples import Encoded, Example, encode_records
@@ -160,7 +164,8 @@ def train(
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
         model = opened.load(ranks)
-        folder.claim(description)
+        if is_speaker():
+            folder.claim(description)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)
     if settings.activation_checkpointing:
@@ -203,7 +208,16 @@ def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict
         "dtype": str(opened.dtype).removeprefix("torch."),
         "data": records,
         "model": {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "vocab_size": args.vocab_size},
+        "weights": _fingerprint(opened.checkpoint),
     }
+
+
+def _fingerprint(checkpoint: Checkpoint) -> str:
+    """What tells a model from another of its geometry, in any layout: a hash of its smallest tensor."""
+    tensor = checkpoint.tensors["norm.weight"]
+    values = torch.empty(tensor.spec.shape)
+    tensor.read_into(tuple(slice(0, size) for size in tensor.spec.shape), values)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _of(encoded: Encoded, indices: Sequence[int]) -> list[Example]:
