@@ -58,7 +58,7 @@ class _Pool:
             pipe.send((function, args))
         answers = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_S if not answers else 10):
+            if not pipe.poll(TIMEOUT_S if not answers else 60):
                 raise TimeoutError(f"rank {rank} gave no answer; so far: {answers}")
             answers.append(pipe.recv())
         failures = [f"rank {rank}:\n{text}" for rank, (good, text) in enumerate(answers) if not good]
