@@ -124,11 +124,9 @@ class Planner:
 
     def _kernels(self, setting: Setting) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
-        # Cards have fused kernels of their own for grouped heads in 16 bit only, and not with a mask, which packed
-        # examples need.
+        # Cards have fused kernels of their own for grouped heads in 16 bit only.
         grouped = self.args.group_size > 1 and self.device != "cpu"
-        wide = setting.dtype.itemsize >= 4 or isinstance(setting.work, Training)
-        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and wide))
+        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and setting.dtype.itemsize >= 4))
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""
@@ -227,7 +225,7 @@ def _items(partition: Partition, rank: int, setting: Setting, kernels: Kernels) 
     args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
     weights = Item("weights", partition.rank_params(rank) * itemsize)
     if isinstance(work, Training):
-        step = training_bytes(partition, rank, work, kernels)
+        step = training_bytes(partition, rank, work, itemsize)
         names = ("trained state", *PASSING)
         return weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
     # A soft prompt is held once for all requests, and again at the start of each slot.

@@ -17,11 +17,9 @@ import pytest
 import torch
 from counting import peak_bytes
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from llama.checkpoint import memory
-from llama.checkpoint.activations import Kernels
 from llama.checkpoint.check import check_fit
 from llama.checkpoint.memory import given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
@@ -77,7 +75,7 @@ def checkpointed(block: nn.Module) -> None:
     block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0, fused: bool = True) -> float:
+def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0) -> float:
     """Planned over counted on this rank: of two steps, with what is trained and the optimiser."""
     ranks = groups.current()
     partition = Partition.create(args, ranks.world_size)
@@ -100,7 +98,7 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
         for step in range(2):
             stepper.run(step, [batch])
 
-    needed = training_bytes(partition, ranks.rank, work, Kernels(dtype.itemsize, torch.get_num_threads(), fused))
+    needed = training_bytes(partition, ranks.rank, work, dtype.itemsize)
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
@@ -141,16 +139,8 @@ def test_what_lora_takes(work: Training, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_examples_of_two_lengths_take_no_more(dtype: torch.dtype) -> None:
-    # Their queries are padded: the most that a batch of this many tokens can take.
     work = changed(PROMPT, n_prompts=8)
     assert_planned([counted(GEOMETRIES["groups"], work, dtype, ragged=1) for _ in range(3)])
-
-
-@pytest.mark.parametrize("work", [PROMPT, changed(PROMPT, checkpointing=True)], ids=["kept", "checkpointing"])
-def test_attention_without_a_fused_kernel(work: Training) -> None:
-    # What a card does with grouped heads and a mask.
-    with sdpa_kernel(SDPBackend.MATH):
-        assert_planned([counted(GEOMETRIES["groups"], work, torch.float32, fused=False) for _ in range(3)])
 
 
 @pytest.mark.parametrize(
@@ -175,7 +165,7 @@ def trained_bytes(args: ModelArgs, work: Training) -> tuple[int, int]:
     model = Transformer(args, partition, ranks, device="meta")
     lora = add_lora(model, work.lora_r, targets=work.lora_targets)
     really = sum(trained.parameter.nbytes for trained in lora.trained)
-    return training_bytes(partition, ranks.rank, work, Kernels(2)).trained, TRAINED_FLOATS * really
+    return training_bytes(partition, ranks.rank, work, 2).trained, TRAINED_FLOATS * really
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -189,14 +179,14 @@ def test_what_is_trained_is_exact(on_ranks: Callable[..., list[tuple[int, int]]]
 def test_a_soft_prompt_by_hand() -> None:
     # Embeddings, gradient and two moments, float32.
     partition = Partition.create(geometry("llama-2-7b"), 2)
-    assert training_bytes(partition, 1, PROMPT, Kernels(2)).trained == 16 * 4096 * 4 * 4
+    assert training_bytes(partition, 1, PROMPT, 2).trained == 16 * 4096 * 4 * 4
 
 
 def test_lengths_that_are_known_take_less() -> None:
     partition = Partition.create(GEOMETRIES["groups"])
 
     def kept(lengths: tuple[int, ...]) -> int:
-        return training_bytes(partition, 0, changed(PROMPT, lengths=lengths), Kernels(4)).kept
+        return training_bytes(partition, 0, changed(PROMPT, lengths=lengths), 4).kept
 
     assert kept((128, 128, 128, 128)) == kept(()) > kept((100, 50, 50, 50)) > kept((50,) * 4)
     # Longer ones are cut.
