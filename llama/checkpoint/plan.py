@@ -225,7 +225,7 @@ def _items(partition: Partition, rank: int, setting: Setting, kernels: Kernels) 
     args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
     weights = Item("weights", partition.rank_params(rank) * itemsize)
     if isinstance(work, Training):
-        step = training_bytes(partition, rank, work, itemsize)
+        step = training_bytes(partition, rank, work, kernels)
         names = ("trained state", *PASSING)
         return weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
     # A soft prompt is held once for all requests, and again at the start of each slot.

@@ -14,13 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llama.checkpoint.activations import FLOAT, INDEX, Workload
+from llama.checkpoint.activations import FLOAT, INDEX, Kernels, Workload
 from llama.lengths import round_up
 from llama.parallel.partition import Partition
 from llama.parallel.vocab import LOGIT_FLOATS
 
 # A trained number, its gradient and Adam's two moments.
 TRAINED_FLOATS = 4
+# Generator state of a CPU that torch's checkpointing sets aside for each block.
+RNG_STATE = 5056
+# What oneDNN lays out anew of a 16-bit matrix at a time, in each thread, and the tiles that it works in; as measured.
+LAID_OUT, TILES = 4 << 20, 8 << 10
 # Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
 REDUCING = 4
 
@@ -92,21 +96,18 @@ class TrainingBytes:
     temporaries: int
 
 
-def training_bytes(partition: Partition, rank: int, work: Training, itemsize: int) -> TrainingBytes:
-    """What `rank` needs to train on full examples that share nothing but the soft prompt.
-
-    Args:
-        itemsize: bytes of a number of the model's dtype.
-    """
-    return _Step(partition, rank, work, itemsize).total()
+def training_bytes(partition: Partition, rank: int, work: Training, kernels: Kernels) -> TrainingBytes:
+    """What `rank` needs to train on full examples that share nothing but the soft prompt."""
+    return _Step(partition, rank, work, kernels).total()
 
 
 class _Step:
     """Forward, loss and backward of a batch on one rank."""
 
-    def __init__(self, partition: Partition, rank: int, work: Training, itemsize: int) -> None:
+    def __init__(self, partition: Partition, rank: int, work: Training, kernels: Kernels) -> None:
         args = partition.args
-        self.work, self.itemsize, self.narrow = work, itemsize, itemsize < FLOAT
+        self.work, self.itemsize, self.threads = work, kernels.itemsize, kernels.threads
+        self.narrow = self.itemsize < FLOAT
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
         self.n_tokens, self.n_places = round_up(work.n_virtual + sum(work.texts)), round_up(sum(work.texts))
         self.n_heads = len(partition.heads[rank])
@@ -132,7 +133,7 @@ class _Step:
         block, last = self._block(), self._norm()
         throughout = self._throughout()
         if self.work.checkpointing:
-            inputs = self.n_layers * self.stream
+            inputs = self.n_layers * (self.stream + RNG_STATE)
             # The last block is computed again; its first norm keeps the block's input itself.
             again = block - self.stream
             moments = ((inputs + last, self._at_the_end()), (inputs + again, self._within_a_block()))
@@ -215,8 +216,13 @@ class _Step:
         rows = min(self.n_places, max(1, LOGIT_FLOATS // self.vocab))
         # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
         logits = rows * self.vocab * (FLOAT + self.itemsize * self.narrow) + supervised
+        logits += self._laid_out(self.vocab * self.dim)
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, self._norm_backward())
+
+    def _laid_out(self, entries: int) -> int:
+        """What a CPU's product with a 16-bit matrix of so many entries takes."""
+        return self.threads * self.narrow * (min(entries * self.itemsize, LAID_OUT) + TILES)
 
     def _norm_backward(self) -> int:
         """What comes in, the slope and its product with the input in float32, and the input if that is narrower."""
@@ -225,8 +231,9 @@ class _Step:
     def _within_a_block(self) -> int:
         """The last block's backward beyond what a whole block keeps, next to the gradient that passes it by."""
         freed = 3 * self.width
-        # What SwiGLU's product gets and gives; before it, its forward: where a block is computed again.
-        feed_forward = max(3 * self.width, self.stream + self.width)
+        # What SwiGLU's product gets and gives; w2's, before it; its forward, where a block is computed again.
+        down = self.width + self._laid_out(self.ffn * self.dim)
+        feed_forward = max(3 * self.width, down, self.stream + self.width)
         norm = self._norm_backward() - freed
         freed += self._norm()
         attention = max(self._attention_backward() - freed, self._turn_backward() - freed - self._attention())

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llama.checkpoint import memory
+from llama.checkpoint.activations import Kernels
 from llama.checkpoint.check import check_fit
 from llama.checkpoint.memory import given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
@@ -98,7 +99,7 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
         for step in range(2):
             stepper.run(step, [batch])
 
-    needed = training_bytes(partition, ranks.rank, work, dtype.itemsize)
+    needed = training_bytes(partition, ranks.rank, work, Kernels(dtype.itemsize, torch.get_num_threads()))
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
@@ -165,7 +166,7 @@ def trained_bytes(args: ModelArgs, work: Training) -> tuple[int, int]:
     model = Transformer(args, partition, ranks, device="meta")
     lora = add_lora(model, work.lora_r, targets=work.lora_targets)
     really = sum(trained.parameter.nbytes for trained in lora.trained)
-    return training_bytes(partition, ranks.rank, work, 2).trained, TRAINED_FLOATS * really
+    return training_bytes(partition, ranks.rank, work, Kernels(2)).trained, TRAINED_FLOATS * really
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -179,14 +180,14 @@ def test_what_is_trained_is_exact(on_ranks: Callable[..., list[tuple[int, int]]]
 def test_a_soft_prompt_by_hand() -> None:
     # Embeddings, gradient and two moments, float32.
     partition = Partition.create(geometry("llama-2-7b"), 2)
-    assert training_bytes(partition, 1, PROMPT, 2).trained == 16 * 4096 * 4 * 4
+    assert training_bytes(partition, 1, PROMPT, Kernels(2)).trained == 16 * 4096 * 4 * 4
 
 
 def test_lengths_that_are_known_take_less() -> None:
     partition = Partition.create(GEOMETRIES["groups"])
 
     def kept(lengths: tuple[int, ...]) -> int:
-        return training_bytes(partition, 0, changed(PROMPT, lengths=lengths), 4).kept
+        return training_bytes(partition, 0, changed(PROMPT, lengths=lengths), Kernels(4)).kept
 
     assert kept((128, 128, 128, 128)) == kept(()) > kept((100, 50, 50, 50)) > kept((50,) * 4)
     # Longer ones are cut.
