@@ -11,6 +11,7 @@ head_dim, V' its part of the vocabulary, r the rank of a LoRA. All results are b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -101,6 +102,15 @@ def training_bytes(partition: Partition, rank: int, work: Training, kernels: Ker
     return _Step(partition, rank, work, kernels).total()
 
 
+def _stretches(work: Training) -> list[tuple[int, int]]:
+    """T and S of the soft prompt and of each example, the largest first; a single example is one with the prompt."""
+    if len(work.texts) == 1:
+        whole = work.n_virtual + work.texts[0]
+        return [(whole, whole), (0, 0)]
+    own = [(length, work.n_virtual + length) for length in work.texts]
+    return sorted([(work.n_virtual, work.n_virtual), *own], key=math.prod, reverse=True)
+
+
 class _Step:
     """Forward, loss and backward of a batch on one rank."""
 
@@ -110,6 +120,7 @@ class _Step:
         self.narrow = self.itemsize < FLOAT
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
         self.n_tokens, self.n_places = round_up(work.n_virtual + sum(work.texts)), round_up(sum(work.texts))
+        self.stretches = _stretches(work)
         self.n_heads = len(partition.heads[rank])
         self.q, self.kv = len(partition.q_rows[rank]), len(partition.kv_rows[rank])
         self.ffn, self.vocab = len(partition.ffn[rank]), len(partition.vocab[rank])
@@ -161,10 +172,8 @@ class _Step:
         return self.n_tokens * per_token + self._biases()
 
     def _biases(self) -> int:
-        """[Q / K * T, S] of the soft prompt and of each example, the same in every layer."""
-        n_virtual = self.work.n_virtual
-        entries = n_virtual**2 + sum(length * (n_virtual + length) for length in self.work.texts)
-        return self.q // self.kv * entries * self.itemsize
+        """[Q / K * T, S] of each stretch, the same in every layer."""
+        return self.q // self.kv * sum(own * seen for own, seen in self.stretches) * self.itemsize
 
     def _norm(self) -> int:
         """RMSNorm's input and one factor a token."""
@@ -241,20 +250,15 @@ class _Step:
 
     def _attention_backward(self) -> int:
         """Of `llama.finetuning.packed`: gradients of all tokens, and what the stretch at hand makes."""
-        n_virtual = self.work.n_virtual
         # What comes in, the same by heads, and the queries' gradient; those of keys and values in float32.
         throughout = 3 * self.queries + 2 * self._wide(self.keys)
-        longest, second = (*sorted(self.work.texts, reverse=True), 0)[:2]
-        own = 2 * longest * self.q if self.q > self.kv else 0  # a view without groups
-        copies = (own + 2 * (n_virtual + longest) * self.kv) * self.itemsize
+        (own, seen), (own_before, seen_before) = self.stretches[:2]
+        # Queries and what comes in, the latter of the stretch before too: views without groups; keys and values.
+        copied = (2 * own + own_before) * self.q * (self.q > self.kv) + 2 * seen * self.kv
         # The softmax, its gradient and that of the scores, while the last from the stretch before is still held.
-        scores = 3 * self._scores(longest) + self._scores(second)
-        handed_back = self.queries + 2 * self.keys * self.narrow + 2 * self._scores(longest)
-        return throughout + copies + max(scores, handed_back)
-
-    def _scores(self, length: int) -> int:
-        """[H, T, S] of an example of `length` tokens."""
-        return self.n_heads * length * (self.work.n_virtual + length) * self.itemsize
+        at_hand, before = (self.n_heads * entries for entries in (own * seen, own_before * seen_before))
+        handed_back = self.queries + 2 * self.keys * self.narrow + 2 * at_hand * self.itemsize
+        return throughout + copied * self.itemsize + max((3 * at_hand + before) * self.itemsize, handed_back)
 
     def _turn_backward(self) -> int:
         """Of RoPE on the queries, next to the gradient that keys and values gave their input."""

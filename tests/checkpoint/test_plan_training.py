@@ -144,6 +144,16 @@ def test_examples_of_two_lengths_take_no_more(dtype: torch.dtype) -> None:
     assert_planned([counted(GEOMETRIES["groups"], work, dtype, ragged=1) for _ in range(3)])
 
 
+@pytest.mark.parametrize("n_examples", [1, 2])
+@pytest.mark.parametrize("n_kv_heads", [2, 8], ids=["groups", "no groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("work", [PROMPT, changed(LORA, checkpointing=True)], ids=["prompt", "LoRA with checkpointing"])
+def test_where_attention_takes_most(work: Training, dtype: torch.dtype, n_kv_heads: int, n_examples: int) -> None:
+    narrow = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=64, ffn_dim=64)
+    long = changed(work, n_prompts=n_examples, length=384)
+    assert_planned([counted(narrow, long, dtype) for _ in range(3)])
+
+
 @pytest.mark.parametrize(
     "work",
     [
