@@ -124,11 +124,9 @@ class Planner:
 
     def _kernels(self, setting: Setting) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
-        # Cards have fused kernels of their own for grouped heads in 16 bit only, and not with a mask, which packed
-        # examples need.
+        # Cards have fused kernels of their own for grouped heads in 16 bit only.
         grouped = self.args.group_size > 1 and self.device != "cpu"
-        wide = setting.dtype.itemsize >= 4 or isinstance(setting.work, Training)
-        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and wide))
+        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and setting.dtype.itemsize >= 4))
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""

@@ -1,29 +1,31 @@
 """How much memory a training step takes beyond the frozen weights: what autograd keeps, added up.
 
 The weights are frozen, so a linear keeps nothing of its input for its backward, unless LoRA trains it; what is
-kept is what products of two activations, norms and attention need. This file follows `llama.model`,
-`llama.finetuning.packing` and `llama.finetuning.loss` line by line, and a test counts what a step allocates.
+kept is what products of two activations, norms and attention need. This file follows `llama.model`, `llama.lean`,
+`llama.finetuning.packed` and `llama.finetuning.loss` line by line, and a test counts what a step allocates.
 
-Shape legend: N computed tokens of a batch, B examples, T tokens of one, P virtual tokens, M supervised places,
-S entries that one example sees, E dim, Q and K the widths of this rank's queries and keys, F its FFN columns,
-H its heads, V' its part of the vocabulary, r the rank of a LoRA. All results are bytes.
+Shape legend: N computed tokens of a batch, T tokens of an example, P virtual tokens, M supervised places, S entries
+that one example sees, E dim, Q and K the widths of this rank's queries and keys, F its FFN columns, H its heads, D
+head_dim, V' its part of the vocabulary, r the rank of a LoRA. All results are bytes.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from llama.checkpoint.activations import FLOAT, INDEX, Kernels, Workload
+from llama.lengths import round_up
 from llama.parallel.partition import Partition
 from llama.parallel.vocab import LOGIT_FLOATS
 
 # A trained number, its gradient and Adam's two moments.
 TRAINED_FLOATS = 4
-# Tensors [N, E] in float32 that an RMSNorm's backward makes.
-NORM_BACKWARD = 5
-# Places to which a CPU pads a row of attention, see `llama.finetuning.packed`.
-PADDING = 16
+# Generator state of a CPU that torch's checkpointing sets aside for each block.
+RNG_STATE = 5056
+# What oneDNN lays out anew of a 16-bit matrix at a time, in each thread, and the tiles that it works in; as measured.
+LAID_OUT, TILES = 4 << 20, 8 << 10
 # Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
 REDUCING = 4
 
@@ -100,35 +102,51 @@ def training_bytes(partition: Partition, rank: int, work: Training, kernels: Ker
     return _Step(partition, rank, work, kernels).total()
 
 
+def _stretches(work: Training) -> list[tuple[int, int]]:
+    """T and S of the soft prompt and of each example, the largest first; a single example is one with the prompt."""
+    if len(work.texts) == 1:
+        whole = work.n_virtual + work.texts[0]
+        return [(whole, whole), (0, 0)]
+    own = [(length, work.n_virtual + length) for length in work.texts]
+    return sorted([(work.n_virtual, work.n_virtual), *own], key=math.prod, reverse=True)
+
+
 class _Step:
     """Forward, loss and backward of a batch on one rank."""
 
     def __init__(self, partition: Partition, rank: int, work: Training, kernels: Kernels) -> None:
         args = partition.args
-        self.work, self.itemsize, self.fused = work, kernels.itemsize, kernels.fused
-        self.on_cpu = kernels.threads > 0
+        self.work, self.itemsize, self.threads = work, kernels.itemsize, kernels.threads
+        self.narrow = self.itemsize < FLOAT
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
-        self.n_examples, self.n_text, self.longest = len(work.texts), sum(work.texts), max(work.texts)
-        self.n_tokens = work.n_virtual + self.n_text
+        self.n_tokens, self.n_places = round_up(work.n_virtual + sum(work.texts)), round_up(sum(work.texts))
+        self.stretches = _stretches(work)
         self.n_heads = len(partition.heads[rank])
         self.q, self.kv = len(partition.q_rows[rank]), len(partition.kv_rows[rank])
         self.ffn, self.vocab = len(partition.ffn[rank]), len(partition.vocab[rank])
         self.reduces = partition.world_size > 1
-        self.stream = self.n_tokens * args.dim * kernels.itemsize  # [N, E]
-        self.wide = self.n_tokens * args.dim * FLOAT  # [N, E] float32
-        self.width = self.n_tokens * self.ffn * kernels.itemsize  # [N, F]
+        self.stream, self.width = self._row(args.dim), self._row(self.ffn)  # [N, E] and [N, F]
+        self.queries, self.keys = self._row(self.q), self._row(self.kv)  # [N, Q] and [N, K]
         self.sizes = {
             "wq": (args.dim, self.q), "wk": (args.dim, self.kv), "wv": (args.dim, self.kv), "wo": (self.q, args.dim),
             "w1": (args.dim, self.ffn), "w3": (args.dim, self.ffn), "w2": (self.ffn, args.dim),
         }  # fmt: skip
 
+    def _row(self, width: int) -> int:
+        """[N, width] in the model's dtype."""
+        return self.n_tokens * width * self.itemsize
+
+    def _wide(self, nbytes: int) -> int:
+        """The same tensor in float32 at least."""
+        return nbytes * max(FLOAT, self.itemsize) // self.itemsize
+
     def total(self) -> TrainingBytes:
         block, last = self._block(), self._norm()
         throughout = self._throughout()
         if self.work.checkpointing:
-            inputs = self.n_layers * self.stream
-            # The last block is computed again; in float32 its first norm keeps the block's input itself.
-            again = block - (self.wide if self.itemsize == FLOAT else 0)
+            inputs = self.n_layers * (self.stream + RNG_STATE)
+            # The last block is computed again; its first norm keeps the block's input itself.
+            again = block - self.stream
             moments = ((inputs + last, self._at_the_end()), (inputs + again, self._within_a_block()))
         else:
             blocks = self.n_layers * block - self._not_in_the_first_block()
@@ -149,12 +167,16 @@ class _Step:
     # -- kept for the backward -------------------------------------------------------------------------
 
     def _throughout(self) -> int:
-        """The batch itself: tokens, positions, targets, supervised places and weights; RoPE's table; the mask."""
+        """The batch itself: tokens, positions, targets, supervised places and weights; RoPE's table; the biases."""
         per_token = 5 * INDEX + 3 * FLOAT + self.head_dim * FLOAT  # a place's loss and norm among them
-        return self.n_tokens * per_token + self._mask_entries()
+        return self.n_tokens * per_token + self._biases()
+
+    def _biases(self) -> int:
+        """[Q / K * T, S] of each stretch, the same in every layer."""
+        return self.q // self.kv * sum(own * seen for own, seen in self.stretches) * self.itemsize
 
     def _norm(self) -> int:
-        """RMSNorm's input and one factor a token, as `llama.lean` keeps them."""
+        """RMSNorm's input and one factor a token."""
         return self.stream + self.n_tokens * FLOAT
 
     def _block(self) -> int:
@@ -162,31 +184,8 @@ class _Step:
         return 2 * self._norm() + self._attention() + 3 * self.width + self._lora()
 
     def _attention(self) -> int:
-        """Queries, the keys and values that each example sees, outputs and what the softmax needs."""
-        queries = self.n_tokens * self.q
-        n_seen = self.n_tokens + self.n_examples * self.work.n_virtual
-        if self.on_cpu:
-            # Padded rows in `llama.lean`, whose softmax is not kept; the mask as numbers for every head of a group.
-            rows = int((queries + 2 * n_seen * self.kv) * self._padded())
-            return (rows + self.q // self.kv * self._mask_entries()) * self.itemsize
-        if not self.fused:
-            # Repeated for each head and scaled in float32, with all probabilities.
-            return (queries + 2 * n_seen * self.q + self._scores()) * FLOAT + queries * self.itemsize
-        # Where examples differ in length their queries are padded beside the row, which the prefix keeps.
-        rows = 3 * queries + 2 * n_seen * self.kv + self._mask_entries()
-        return rows * self.itemsize + self.n_tokens * self.n_heads * FLOAT
-
-    def _padded(self) -> float:
-        """By how much a CPU's padding of attention makes rows longer, at its most."""
-        return 1 + self.n_examples * PADDING / self.n_tokens
-
-    def _mask_entries(self) -> int:
-        """[T, S]: every example sees the soft prompt and, causally, itself."""
-        return self.longest * (self.work.n_virtual + self.longest)
-
-    def _scores(self) -> int:
-        """[B, H, T, S]: where no fused kernel serves, all of them exist."""
-        return self.n_examples * self.n_heads * self._mask_entries()
+        """Queries, keys and values by heads; the softmax is computed again."""
+        return self.queries + 2 * self.keys
 
     def _lora(self) -> int:
         """The linears' inputs (with dropout each its own), what lies between A and B, and both in the dtype."""
@@ -201,7 +200,7 @@ class _Step:
             kept = sum(self.sizes[name][0] for name in inputs) * itemsize
         narrow = itemsize * self.work.lora_r * sum(sum(self.sizes[name]) for name in targets)
         between = len(targets) * self.work.lora_r * itemsize
-        return self.n_tokens * (kept + between) + (narrow if itemsize < FLOAT else 0)
+        return self.n_tokens * (kept + between) + (narrow if self.narrow else 0)
 
     def _not_in_the_first_block(self) -> int:
         """LoRA's gradient ends at the first linear that it updates: what lies before it keeps nothing."""
@@ -222,22 +221,47 @@ class _Step:
 
     def _at_the_end(self) -> int:
         """The loss of all places but the first of each example, and the backward of the last norm."""
-        supervised = self.n_text * self.dim * self.itemsize  # [M, E]
-        rows = min(self.n_text, max(1, LOGIT_FLOATS // self.vocab))
-        # A piece's logits in the dtype and in float32, where they become slopes in place; slopes of pieces done.
-        copied = self.itemsize if self.itemsize < FLOAT else 0
-        logits = rows * self.vocab * (FLOAT + 2 * copied) + 2 * rows * FLOAT + (supervised if rows < self.n_text else 0)
+        supervised = self.n_places * self.dim * self.itemsize  # [M, E]
+        rows = min(self.n_places, max(1, LOGIT_FLOATS // self.vocab))
+        # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
+        logits = rows * self.vocab * (FLOAT + self.itemsize * self.narrow) + supervised
+        logits += self._laid_out(self.vocab * self.dim)
         loss = self.stream + supervised + max(logits, 2 * supervised)
-        return max(loss, NORM_BACKWARD * self.wide)
+        return max(loss, self._norm_backward())
+
+    def _laid_out(self, entries: int) -> int:
+        """What a CPU's product with a 16-bit matrix of so many entries takes."""
+        return self.threads * self.narrow * (min(entries * self.itemsize, LAID_OUT) + TILES)
+
+    def _norm_backward(self) -> int:
+        """What comes in, the slope and its product with the input in float32, and the input if that is narrower."""
+        return self.stream + (3 if self.narrow else 2) * self._wide(self.stream)
 
     def _within_a_block(self) -> int:
-        """The backward of the last block: of SwiGLU, its norm, or attention, beyond what a whole block keeps."""
-        # The gradients of the heads' output, of the row of queries, keys and values, and of the groups'.
-        inner = (3 * self.q + 4 * self.kv) * self.n_tokens * self.itemsize
-        if self.on_cpu:
-            # The softmax, its gradient and that of the scores.
-            inner = int(inner * self._padded()) + 3 * self._scores() * self.itemsize
-        elif not self.fused:
-            inner += 2 * self._scores() * FLOAT
+        """The last block's backward beyond what a whole block keeps, next to the gradient that passes it by."""
         freed = 3 * self.width
-        return self.stream + max(3 * self.width, NORM_BACKWARD * self.wide - freed, inner - freed - self._norm())
+        # What SwiGLU's product gets and gives; w2's, before it; its forward, where a block is computed again.
+        down = self.width + self._laid_out(self.ffn * self.dim)
+        feed_forward = max(3 * self.width, down, self.stream + self.width)
+        norm = self._norm_backward() - freed
+        freed += self._norm()
+        attention = max(self._attention_backward() - freed, self._turn_backward() - freed - self._attention())
+        return self.stream + max(feed_forward, norm, attention)
+
+    def _attention_backward(self) -> int:
+        """Of `llama.finetuning.packed`: gradients of all tokens, and what the stretch at hand makes."""
+        # What comes in, the same by heads, and the queries' gradient; those of keys and values in float32.
+        throughout = 3 * self.queries + 2 * self._wide(self.keys)
+        (own, seen), (own_before, seen_before) = self.stretches[:2]
+        # Queries and what comes in, the latter of the stretch before too: views without groups; keys and values.
+        copied = (2 * own + own_before) * self.q * (self.q > self.kv) + 2 * seen * self.kv
+        # The softmax, its gradient and that of the scores, while the last from the stretch before is still held.
+        at_hand, before = (self.n_heads * entries for entries in (own * seen, own_before * seen_before))
+        handed_back = self.queries + 2 * self.keys * self.narrow + 2 * at_hand * self.itemsize
+        return throughout + copied * self.itemsize + max((3 * at_hand + before) * self.itemsize, handed_back)
+
+    def _turn_backward(self) -> int:
+        """Of RoPE on the queries, next to the gradient that keys and values gave their input."""
+        wide = self._wide(self.queries)
+        turned = wide + (wide + self.queries) * self.narrow
+        return self.stream + self.queries + self.n_tokens * self.head_dim * FLOAT + turned

@@ -16,12 +16,10 @@ import torch
 
 from llama.data.examples import Example
 from llama.finetuning.packed import Packed, Span, Stretch
+from llama.lengths import round_up
 
 # A template's own words are worth an attention call of their own from so many tokens on.
 SHORTEST_STEM = 8
-# Lengths are rounded up to one of so many steps between a power of two and the next: a library of matrix products
-# writes code for each length that it meets, and keeps only so much of it.
-LENGTH_STEPS = 24
 
 
 def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
@@ -116,9 +114,3 @@ class _Packer:
             weights=torch.tensor([*learnt.values(), *[0] * n_idle], device=device, dtype=torch.float32),
             n_real=sum(len(example.tokens) for example in self.examples),
         )
-
-
-def round_up(length: int) -> int:
-    """The next length that is used: at most 1 / LENGTH_STEPS more."""
-    step = max(1, 2 ** (length.bit_length() - 1) // LENGTH_STEPS)
-    return step * -(-length // step)

@@ -17,7 +17,6 @@ import pytest
 import torch
 from counting import peak_bytes
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from llama.checkpoint import memory
@@ -77,7 +76,7 @@ def checkpointed(block: nn.Module) -> None:
     block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0, fused: bool = True) -> float:
+def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0) -> float:
     """Planned over counted on this rank: of two steps, with what is trained and the optimiser."""
     ranks = groups.current()
     partition = Partition.create(args, ranks.world_size)
@@ -100,7 +99,7 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
         for step in range(2):
             stepper.run(step, [batch])
 
-    needed = training_bytes(partition, ranks.rank, work, Kernels(dtype.itemsize, torch.get_num_threads(), fused))
+    needed = training_bytes(partition, ranks.rank, work, Kernels(dtype.itemsize, torch.get_num_threads()))
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
@@ -141,16 +140,18 @@ def test_what_lora_takes(work: Training, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_examples_of_two_lengths_take_no_more(dtype: torch.dtype) -> None:
-    # Their queries are padded: the most that a batch of this many tokens can take.
     work = changed(PROMPT, n_prompts=8)
     assert_planned([counted(GEOMETRIES["groups"], work, dtype, ragged=1) for _ in range(3)])
 
 
-@pytest.mark.parametrize("work", [PROMPT, changed(PROMPT, checkpointing=True)], ids=["kept", "checkpointing"])
-def test_attention_without_a_fused_kernel(work: Training) -> None:
-    # What a card does with grouped heads and a mask.
-    with sdpa_kernel(SDPBackend.MATH):
-        assert_planned([counted(GEOMETRIES["groups"], work, torch.float32, fused=False) for _ in range(3)])
+@pytest.mark.parametrize("n_examples", [1, 2])
+@pytest.mark.parametrize("n_kv_heads", [2, 8], ids=["groups", "no groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("work", [PROMPT, changed(LORA, checkpointing=True)], ids=["prompt", "LoRA with checkpointing"])
+def test_where_attention_takes_most(work: Training, dtype: torch.dtype, n_kv_heads: int, n_examples: int) -> None:
+    narrow = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=64, ffn_dim=64)
+    long = changed(work, n_prompts=n_examples, length=384)
+    assert_planned([counted(narrow, long, dtype) for _ in range(3)])
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from tuning_support import OPENING, TEMPLATES, batch_of
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
-from llama.finetuning.packing import pack, round_up
+from llama.finetuning.packing import pack
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
+from llama.lengths import round_up
 from llama.model import Transformer
 
 CPU = torch.device("cpu")
