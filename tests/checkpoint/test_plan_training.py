@@ -164,7 +164,7 @@ def test_where_attention_takes_most(work: Training, dtype: torch.dtype, n_kv_hea
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_two_ranks(on_ranks: Callable[..., list[float]], work: Training, dtype: torch.dtype) -> None:
-    runs = [on_ranks(2, counted, GEOMETRIES["groups"], work, dtype) for _ in range(3)]
+    runs = [on_ranks(2, counted, GEOMETRIES["groups"], work, dtype) for _ in range(7)]
     for rank in range(2):
         assert_planned([run[rank] for run in runs], MOST_TOGETHER)
 
