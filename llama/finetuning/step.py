@@ -138,12 +138,9 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.model.ranks.device)
         for micro, batch in enumerate(batches):
-            share = shard(
-                range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch]
-            )
-            if share:
+            if share := self._share(batch):
                 self.tuning.begin_pass(step, micro)
-                loss = self.loss([batch[i] for i in share], factor)
+                loss = self.loss(share, factor)
                 loss.backward()
                 total += loss.detach().double()
         loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
@@ -152,10 +149,10 @@ class Stepper:
         n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
         result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))
         self._check(result, step)
-        self.scale.update(result.skipped)
         if not result.skipped:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
+        self.scale.update(result.skipped)  # the gradients were those of the scale before
         return result
 
     def _share(self, batch: Sequence[Example]) -> list[Example]:
