@@ -240,7 +240,7 @@ def _check_ranks(settings: TrainSettings, tp: int | None) -> None:
 
 def _check_scaling(settings: TrainSettings, opened: Opened) -> None:
     if settings.trainer == "hf" and opened.dtype == torch.float16:
-        raise UsageError("--trainer hf has no loss scaling, without which fp16 loses gradients: use --dtype bf16 or fp32")
+        raise UsageError("--trainer hf has no loss scaling, which fp16 needs: use --dtype bf16 or fp32")
 
 
 def _trainer_class(settings: TrainSettings) -> type[Trainer]:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer as TransformersTrainer
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import Trainer as TransformersTrainer
 from transformers.utils import logging as hf_logging
 
 from llama.console import notice

@@ -13,6 +13,8 @@ from support import DIM
 from tuning_support import batch_of, sharded, write_model
 
 from llama.errors import LlamaError, TrainingError
+from llama.finetuning import picture
+from llama.finetuning.logs import RunLog
 from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.run_folder import RunFolder
@@ -185,6 +187,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert run.folder.checkpoints() == [2]
     assert run.folder.load(2).step == 2
     assert not list((tmp_path / "saved").glob("*.partial"))
+
+
+def test_a_log_that_cannot_be_written_stops_no_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("_append", "_plot"):
+        monkeypatch.setattr(RunLog, name, full)
+    monkeypatch.setattr(picture, "draw", full)
+    trainer(model_folder, tmp_path / "saved", max_steps=2).run()
+    assert weights(tmp_path / "saved")
+    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert sorted(Path(line.partition(" is written")[0]).name for line in told) == [
+        "loss.png", "metrics.jsonl", "tensorboard"
+    ]  # fmt: skip
 
 
 def test_a_loss_that_is_no_number_saves_what_was_good(model_folder: Path, tmp_path: Path) -> None:
