@@ -71,9 +71,10 @@ class Trainer:
         with self._log() as log:
             try:
                 self.take_steps(log)
-            except TrainingError:
+            except TrainingError as error:
                 self._rescue()
-                raise
+                kept = f"{self.folder.folder(self.n_saved)} is kept" if self.n_saved else "no checkpoint was due before"
+                raise TrainingError(f"{error}; {kept}") from None
         self._finish()
 
     def _rescue(self) -> None:
