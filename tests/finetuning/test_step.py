@@ -109,7 +109,7 @@ def test_lora_is_the_same_at_every_world_size(
 
 def test_bfloat16_learns_with_float32_weights(folder: Path) -> None:
     losses = train(folder, "prompt", 30, torch.bfloat16)["loss"]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-5:]) < sum(losses[:5])  # an epoch has five steps, whose batches differ
 
 
 def test_float16_scales_its_loss_and_reports_it_unscaled(folder: Path) -> None:
