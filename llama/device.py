@@ -146,3 +146,8 @@ def peak_memory(device: torch.device) -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on a Mac
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are added up in: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -171,3 +171,8 @@ def test_a_machine_without_these_modules_still_imports_ours() -> None:
     """`resource` is not on Windows: nothing imports it before it is needed."""
     top = [line for line in Path(ours.__file__).read_text().splitlines() if line.startswith("import ")]
     assert "import resource" not in top
+
+
+def test_sums_are_of_float64_where_the_device_has_it() -> None:
+    assert ours.sum_dtype(torch.device("cpu")) == torch.float64
+    assert ours.sum_dtype(torch.device("mps")) == torch.float32

@@ -83,11 +83,14 @@ def test_three_ranks_and_the_trainer_of_transformers(base: Path, tmp_path: Path)
     assert ours.code == 0, ours.err
     theirs = train(*flags(base, tmp_path / "theirs", trainer="hf"), ranks=2)
     assert theirs.code == 0, theirs.err
+    assert "transformers' Trainer takes the steps" in theirs.err
+    assert "transformers' Trainer" not in ours.err
     assert (adapter(tmp_path / "ours") - adapter(tmp_path / "theirs")).abs().max() < 1e-3
 
 
 BAD = [
     pytest.param({"lr": 0}, "--lr must be above 0, is 0.0", id="lr"),
+    pytest.param({"lr": 1e39}, "--lr must be 1e+30 at most, is 1e+39", id="lr beyond float32"),
     pytest.param({"method": "prefix"}, "--method takes prompt or lora, not 'prefix'", id="method"),
     pytest.param({"dataset": "none.json"}, "none.json", id="no data"),
     pytest.param(
@@ -95,6 +98,8 @@ BAD = [
     ),
     pytest.param({"tp": 3}, "--tp 3 does not divide the 1 processes", id="tp"),
     pytest.param({"trainer": "hf", "method": "lora"}, "--trainer hf", id="hf lora"),
+    pytest.param({"trainer": "hf", "dtype": "fp16"}, "--trainer hf has no loss scaling", id="hf fp16"),
+    pytest.param({"init_text": " "}, "--init_text is blank", id="blank text"),
     pytest.param({"max_seq_len": 8}, "8 tokens", id="nothing left to learn"),
 ]
 

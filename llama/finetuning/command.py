@@ -147,6 +147,7 @@ def train(
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
         opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads)
+        _check_scaling(settings, opened)
         records = read_records(dataset)
         encoded = encode_records(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
@@ -164,15 +165,18 @@ def train(
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
         model = opened.load(ranks)
-        if is_speaker():
-            folder.claim(description)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)
     if settings.activation_checkpointing:
         checkpoint_blocks(model)
     if settings.compile:
         compile_blocks(model)
-    run = Trainer(model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir))
+    run = _trainer_class(settings)(
+        model, tuning, settings, _of(encoded, chosen), _of(encoded, aside), folder, base_model=str(ckpt_dir)
+    )
+    with groups.phase("folder"):
+        if is_speaker():
+            folder.claim(description)
     if resume:
         _resume(run)
     run.run()
@@ -244,6 +248,11 @@ def _check_ranks(settings: TrainSettings, tp: int | None) -> None:
         raise UsageError(f"--tp {size} does not divide the {n_processes} processes: choose a number that does")
     if settings.trainer == "hf" and size < n_processes:
         raise UsageError(f"--trainer hf trains one copy of the model, not {n_processes // size}: leave --tp out")
+
+
+def _check_scaling(settings: TrainSettings, opened: Opened) -> None:
+    if settings.trainer == "hf" and opened.dtype == torch.float16:
+        raise UsageError("--trainer hf has no loss scaling, which fp16 needs: use --dtype bf16 or fp32")
 
 
 def _trainer_class(settings: TrainSettings) -> type[Trainer]:

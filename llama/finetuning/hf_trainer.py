@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as TransformersTrainer
-from transformers import TrainerCallback, TrainingArguments
+from transformers.utils import logging as hf_logging
 
+from llama.console import notice
 from llama.errors import TrainingError
 from llama.finetuning.logs import RunLog
 from llama.finetuning.step import Stepper, StepResult, n_targets
@@ -33,6 +35,10 @@ class HfTrainer(Trainer):
 
     def take_steps(self, log: RunLog | None) -> None:
         """See `Trainer.take_steps`."""
+        if self.n_done == self.n_steps:  # Trainer takes no steps left for no limit
+            return
+        notice("transformers' Trainer takes the steps")
+        hf_logging.set_verbosity_error()  # it wonders at process groups that are none of its own
         with _hidden(_TORCHRUN):
             loop = _Loop(self, log)
         loop.train()
@@ -92,6 +98,7 @@ class _Loop(TransformersTrainer):
             optimizers=(run.optimizer, schedule),
             callbacks=[_Told(self, log)],
         )
+        self.remove_callback(PrinterCallback)  # it prints on every rank
 
     def get_train_dataloader(self) -> DataLoader:
         """The steps that are left, in their order."""

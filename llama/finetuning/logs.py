@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ class RunLog:
 
     def __init__(self, folder: Path, n_done: int, n_steps: int) -> None:
         self.folder, self.n_steps = folder, n_steps
+        self._given_up: set[str] = set()
         self.lines = _lines(folder / METRICS, n_done)
         replace_text(folder / METRICS, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._file = (folder / METRICS).open("a", encoding="utf-8")
@@ -70,23 +73,39 @@ class RunLog:
     def close(self) -> None:
         """Draw the losses and let go of the files."""
         self._bar.close()
-        self._file.close()
+        self._try(METRICS, self._file.close)
         if self._board is not None:
-            self._board.close()
+            self._try(TENSORBOARD, self._board.close)
         try:
             from llama.finetuning.picture import draw
         except ImportError:
             notice(f'{PICTURE} is not drawn: it needs matplotlib (pip install "llama-shards[plots]")')
             return
-        draw(self.lines, self.folder / PICTURE)
+        self._try(PICTURE, lambda: draw(self.lines, self.folder / PICTURE))
+
+    def _try(self, name: str, write: Callable[[], object]) -> None:
+        """Write what is there to look at; a full disk is no reason to lose a run, and its checkpoints tell of it."""
+        if name in self._given_up:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._given_up.add(name)
+            self.say(f"{self.folder / name} is written no further: {error.strerror or error}")
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        self._try(METRICS, lambda: self._append(line))
+        if self._board is not None:
+            self._try(TENSORBOARD, lambda: self._plot(line))
+
+    def _append(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name in line.keys() - {"step"}:
-                self._board.add_scalar(name, line[name], line["step"])
+
+    def _plot(self, line: dict[str, Any]) -> None:
+        for name in line.keys() - {"step"}:
+            self._board.add_scalar(name, line[name], line["step"])
 
 
 def _lines(path: Path, n_done: int) -> list[dict[str, Any]]:
@@ -109,6 +128,9 @@ def _board(folder: Path, n_done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
+    before = threading.excepthook
+    # Its thread would print a traceback of what the next line for it raises here again.
+    threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)
     return SummaryWriter(str(folder), purge_step=n_done + 1)
 
 

@@ -79,9 +79,9 @@ class RunFolder:
         Raises:
             TrainingError: another run's result is there, or with `resume` a run that was asked for something else.
         """
-        if self.path.is_file():
-            raise TrainingError(f"--output_dir {self.path} is a file: name a folder")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        self._check_place()
+        # All that a run killed as it began may leave is unfinished.
+        if not self.path.exists() or all(entry.name.endswith(PARTIAL) for entry in self.path.iterdir()):
             return
         if not (self.path / RUN_FILE).exists():
             raise TrainingError(f"--output_dir {self.path} holds other files: choose an empty or a new folder")
@@ -95,6 +95,18 @@ class RunFolder:
         ]
         if different:
             raise TrainingError(f"{self.path} was started with other settings and cannot go on: {'; '.join(different)}")
+
+    def _check_place(self) -> None:
+        """Whether the folder is there and open, or could be made."""
+        place = self.path.resolve()
+        while not os.path.lexists(place):
+            place = place.parent
+        if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+            return
+        if place == self.path.resolve() and not place.is_dir():
+            raise TrainingError(f"--output_dir {self.path} is a file: name a folder")
+        what = "you may not write to it" if place.is_dir() else "it is a file"
+        raise TrainingError(f"--output_dir {self.path} cannot be made in {place}: {what}; choose another folder")
 
     def claim(self, description: Mapping[str, Any]) -> None:
         """Make the folder this run's, and sweep out what an earlier part of it left half written."""
@@ -176,7 +188,8 @@ def _read_state(path: Path) -> TrainState:
         return TrainState(found["step"], found["tensors"], found["n_updates"], tuple(found["scale"]), best)
     # What torch.load says of a damaged file depends on where it is damaged.
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0].partition(". ")[0]
+        reason = told or type(error).__name__
         raise TrainingError(
             f"{path} cannot be read ({reason}): delete {path.parent} and --resume goes on from the checkpoint before it"
         ) from None

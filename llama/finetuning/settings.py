@@ -72,6 +72,9 @@ class TrainSettings:
         _check(
             "weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more", self.weight_decay
         )
+        # AdamW's products of the two must stay numbers of float32.
+        for name, most in (("lr", 1e30), ("weight_decay", 1e6)):
+            _check(name, getattr(self, name) <= most, f"{most:g} at most", getattr(self, name))
         for name in ("lora_dropout", "eval_fraction"):
             _check(name, 0 <= getattr(self, name) < 1, "from 0 to below 1", getattr(self, name))
 

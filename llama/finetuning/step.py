@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llama.data.batches import shard
 from llama.data.examples import Example
+from llama.device import sum_dtype
 from llama.errors import TrainingError
 from llama.finetuning.adapters import Adapter
 from llama.finetuning.gradients import clip, gradient_norm, settle
@@ -136,26 +137,24 @@ class Stepper:
         self.model.train()
         factor = self.scale.value / n_targets(example for batch in batches for example in batch)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.model.ranks.device)
+        device = self.model.ranks.device
+        total = torch.zeros((), dtype=sum_dtype(device), device=device)
         for micro, batch in enumerate(batches):
-            share = shard(
-                range(len(batch)), self.replicas.rank, self.replicas.world_size, [len(e.tokens) for e in batch]
-            )
-            if share:
+            if share := self._share(batch):
                 self.tuning.begin_pass(step, micro)
-                loss = self.loss([batch[i] for i in share], factor)
+                loss = self.loss(share, factor)
                 loss.backward()
-                total += loss.detach().double()
+                total += loss.detach().to(total.dtype)
         loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
         settle(self.tuning.trained, self.model.ranks, self.replicas)
         norm = gradient_norm(self.tuning.trained, self.model.ranks) / self.scale.value
         n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
         result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))
         self._check(result, step)
-        self.scale.update(result.skipped)
         if not result.skipped:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
+        self.scale.update(result.skipped)  # the gradients were those of the scale before
         return result
 
     def _share(self, batch: Sequence[Example]) -> list[Example]:
@@ -175,10 +174,11 @@ class Stepper:
         """Mean loss over the learnt tokens of all batches, in nats; copies of the model share the batches out."""
         self.model.eval()
         # The losses, and how many tokens they are of.
-        sums = torch.zeros(2, dtype=torch.float64, device=self.model.ranks.device)
+        device = self.model.ranks.device
+        sums = torch.zeros(2, dtype=sum_dtype(device), device=device)
         for number, batch in enumerate(batches):
             if number % self.replicas.world_size == self.replicas.rank:
-                sums += torch.stack((self.loss(batch, 1.0).double(), sums.new_tensor(n_targets(batch))))
+                sums += torch.stack((self.loss(batch, 1.0).to(sums.dtype), sums.new_tensor(n_targets(batch))))
         loss, count = all_reduce(sums, self.replicas).tolist()
         return loss / count
 

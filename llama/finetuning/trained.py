@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llama.device import sum_dtype
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
 
@@ -85,13 +86,13 @@ class Trained:
         self.gradient().copy_(self.part(total))
 
     def square_sum(self) -> Tensor:
-        """This rank's part of the gradient's squared norm, float64: every entry is counted on one rank alone."""
-        gradient = self.parameter.grad
+        """This rank's part of the gradient's squared norm, in `sum_dtype`: every entry is counted on one rank alone."""
+        gradient, dtype = self.parameter.grad, sum_dtype(self.parameter.device)
         if gradient is None or (self.dim is None and self.ranks.rank != 0):
-            return torch.zeros((), dtype=torch.float64, device=self.parameter.device)
+            return torch.zeros((), dtype=dtype, device=self.parameter.device)
         if self.dim is not None:
             gradient = gradient.narrow(self.dim, 0, len(self._owned()))
-        return gradient.double().square().sum()
+        return gradient.to(dtype).square().sum()
 
     def _owned(self) -> range:
         """The start of this rank's run that no later rank begins anew: such runs tile the whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 
@@ -70,11 +71,17 @@ class Trainer:
         with self._log() as log:
             try:
                 self.take_steps(log)
-            except TrainingError:
-                if self.n_done > self.n_saved:
-                    self.save()
-                raise
+            except TrainingError as error:
+                self._rescue()
+                kept = f"{self.folder.folder(self.n_saved)} is kept" if self.n_saved else "no checkpoint was due before"
+                raise TrainingError(f"{error}; {kept}") from None
         self._finish()
+
+    def _rescue(self) -> None:
+        """Save what was learnt before a step failed, unless the step before it spoilt that; earlier ones all stay."""
+        weights = [tensor.whole(tensor.parameter) for tensor in self.tuning.trained]
+        if self.n_done > self.n_saved and all(bool(weight.isfinite().all()) for weight in weights):
+            self.save(keep=self.settings.save_total_limit + 1)
 
     def take_steps(self, log: RunLog | None) -> None:
         """Take the steps that are left; after each, `step_done`."""
@@ -121,6 +128,8 @@ class Trainer:
         # By length, so that a batch's rows are alike.
         examples = sorted(self.eval_examples, key=lambda example: len(example.tokens))
         loss = self.stepper.evaluate(examples[start : start + size] for start in range(0, len(examples), size))
+        if not math.isfinite(loss):
+            raise TrainingError(f"the eval loss is no finite number after step {self.n_done}: lower --lr")
         if log is not None:
             log.evaluation(self.n_done, loss)
         if self.best is None or loss < self.best[0]:
@@ -151,12 +160,12 @@ class Trainer:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write a checkpoint of the steps done; a collective call."""
+    def save(self, keep: int | None = None) -> None:
+        """Write a checkpoint of the steps done, and keep so many, by default as set; a collective call."""
         state, adapter = self._state(), self.tuning.adapter(self.base_model)
         with groups.phase("checkpoint"):
             if is_speaker():
-                self.folder.save(state, adapter, self.model.args, self.settings.save_total_limit)
+                self.folder.save(state, adapter, self.model.args, keep or self.settings.save_total_limit)
         self.n_saved = self.n_done
 
     def _state(self) -> TrainState:

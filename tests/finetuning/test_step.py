@@ -13,7 +13,7 @@ from llama.data.examples import Example
 from llama.errors import TrainingError
 from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
-from llama.finetuning.step import LossScale, Stepper, check_same_batch
+from llama.finetuning.step import GROWTH_STEPS, LossScale, Stepper, check_same_batch
 
 N_STEPS, LR, N_VIRTUAL = 50, 0.003, 6
 LAYOUTS = [(1, None), (2, None), (3, None), (4, None), (4, 2)]
@@ -109,13 +109,25 @@ def test_lora_is_the_same_at_every_world_size(
 
 def test_bfloat16_learns_with_float32_weights(folder: Path) -> None:
     losses = train(folder, "prompt", 30, torch.bfloat16)["loss"]
-    assert sum(losses[-5:]) < sum(losses[:5])  # epochs of five steps
+    assert sum(losses[-5:]) < sum(losses[:5])  # an epoch has five steps, whose batches differ
 
 
 def test_float16_scales_its_loss_and_reports_it_unscaled(folder: Path) -> None:
     half, whole = train(folder, "prompt", 5, torch.float16), train(folder, "prompt", 5)
     assert half["loss"] == pytest.approx(whole["loss"], rel=5e-3)
     assert half["norm"] == pytest.approx(whole["norm"], rel=5e-2)
+
+
+def test_the_step_that_lets_the_loss_scale_grow_is_as_long_as_others(folder: Path) -> None:
+    moved = []
+    for n_good in (0, GROWTH_STEPS - 1):
+        tuning = SoftPrompt(model := sharded(folder, torch.float16), start())
+        stepper = Stepper(model, tuning, torch.optim.SGD([tuning.parameter], lr=1.0), 1e6)
+        stepper.scale.n_good = n_good
+        stepper.run(0, [batch_of(4)])
+        moved.append(tuning.parameter.detach() - start())
+    assert torch.equal(*moved)
+    assert moved[0].norm() > 0
 
 
 def test_the_loss_scale_backs_off_and_grows() -> None:

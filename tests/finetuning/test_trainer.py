@@ -13,6 +13,8 @@ from support import DIM
 from tuning_support import batch_of, sharded, write_model
 
 from llama.errors import LlamaError, TrainingError
+from llama.finetuning import picture
+from llama.finetuning.logs import RunLog
 from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.run_folder import RunFolder
@@ -187,6 +189,23 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     assert not list((tmp_path / "saved").glob("*.partial"))
 
 
+def test_a_log_that_cannot_be_written_stops_no_run(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("_append", "_plot"):
+        monkeypatch.setattr(RunLog, name, full)
+    monkeypatch.setattr(picture, "draw", full)
+    trainer(model_folder, tmp_path / "saved", max_steps=2).run()
+    assert weights(tmp_path / "saved")
+    told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert sorted(Path(line.partition(" is written")[0]).name for line in told) == [
+        "loss.png", "metrics.jsonl", "tensorboard"
+    ]  # fmt: skip
+
+
 def test_a_loss_that_is_no_number_saves_what_was_good(model_folder: Path, tmp_path: Path) -> None:
     run = trainer(model_folder, tmp_path / "saved", eval_steps=100)
     take = run.stepper.run
@@ -200,9 +219,40 @@ def test_a_loss_that_is_no_number_saves_what_was_good(model_folder: Path, tmp_pa
     run.stepper.run = poison
     with pytest.raises(TrainingError, match="the loss is no finite number at step 6"):
         run.run()
-    # Checkpoints are due every two steps; the fifth is saved because it is the last good one.
-    assert run.folder.checkpoints() == [4, 5]
+    # Checkpoints are due every two steps; the fifth is saved too, and pushes none of them out.
+    assert run.folder.checkpoints() == [2, 4, 5]
     assert all(value.isfinite().all() for value in run.folder.load(5).tensors.values())
+
+
+def test_weights_that_are_no_numbers_are_not_saved(model_folder: Path, tmp_path: Path) -> None:
+    run = trainer(model_folder, tmp_path / "saved", eval_steps=100, save_total_limit=1)
+    take = run.stepper.run
+
+    def spoil(number: int, batches: Any) -> Any:
+        result = take(number, batches)
+        if number == 4:
+            with torch.no_grad():
+                run.tuning.trained[0].parameter[0, 0] = float("nan")
+        return result
+
+    run.stepper.run = spoil
+    with pytest.raises(TrainingError, match=r"the loss is no finite number at step 6: .*checkpoint-4 is kept$"):
+        run.run()
+    assert run.folder.checkpoints() == [4]
+
+
+def test_an_eval_loss_that_is_no_number_is_no_best(model_folder: Path, tmp_path: Path) -> None:
+    run = trainer(model_folder, tmp_path / "saved")
+    run.stepper.evaluate = lambda _: float("nan")
+    with pytest.raises(TrainingError, match="the eval loss is no finite number after step 3"):
+        run.run()
+    assert run.best is None
+    assert run.folder.checkpoints() == [2, 3]
+
+
+def test_a_folder_where_a_run_was_killed_as_it_began_is_free(tmp_path: Path) -> None:
+    (tmp_path / "run.json.partial").write_text("{")
+    RunFolder(tmp_path).check({}, resume=False)
 
 
 def test_a_folder_of_another_run_is_refused(done: tuple[Trainer, Path], tmp_path: Path) -> None:
@@ -218,6 +268,8 @@ def test_a_folder_of_another_run_is_refused(done: tuple[Trainer, Path], tmp_path
         RunFolder(tmp_path).check({}, resume=True)
     with pytest.raises(TrainingError, match="is a file"):
         RunFolder(tmp_path / "notes.txt").check({}, resume=False)
+    with pytest.raises(TrainingError, match=r"cannot be made in .*notes\.txt: it is a file"):
+        RunFolder(tmp_path / "notes.txt" / "a" / "saved").check({}, resume=False)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 nothing", b"{}"])
