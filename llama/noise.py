@@ -39,21 +39,21 @@ def shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def dropped(key: Tensor, n_rows: int, features: Tensor, p: float) -> Tensor:
+def dropped(key: Tensor, rows: Tensor, features: Tensor, p: float) -> Tensor:
     """Which entries of a matrix dropout leaves out, each with probability `p`.
 
     Args:
         key: of this matrix, int64 scalar.
-        n_rows: rows of the matrix.
+        rows: [N] int64, the rows' numbers; rows of one number are alike.
         features: [F] int64, the columns' numbers in the whole matrix, of which this may be a part.
         p: in steps of 2**-32.
 
     Returns:
-        [n_rows, F] bool, the same for a row and a feature in whatever part they are.
+        [N, F] bool, the same for a row and a feature in whatever part they are.
     """
     # Every row draws a hash function a * c + b, every feature its argument: pairwise independent (Dietzfelbinger,
     # 1996), at one multiplication of int32 an entry, where mixing each takes ten passes over int64.
-    rows = mix(key + torch.arange(n_rows, device=key.device) * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))
+    drawn = mix(key + rows * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))
     columns = mix(features * GOLDEN).view(torch.int32).unflatten(0, (-1, 2))[:, 0]
-    numbers = torch.addcmul(rows[:, 1:], rows[:, :1] | 1, columns)
+    numbers = torch.addcmul(drawn[:, 1:], drawn[:, :1] | 1, columns)
     return numbers < min(round(p * 2**32) - 2**31, 2**31 - 1)

@@ -26,7 +26,7 @@ def test_a_key_depends_on_every_value_and_their_order() -> None:
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_is_like_independent_coins(p: float) -> None:
     n_rows, n_features = 1000, 400
-    mask = dropped(torch.tensor(77), n_rows, torch.arange(n_features), p).double()
+    mask = dropped(torch.tensor(77), torch.arange(n_rows), torch.arange(n_features), p).double()
     deviation = (p * (1 - p)) ** 0.5
     assert abs(mask.mean() - p) < 5 * deviation / (n_rows * n_features) ** 0.5
     # Counts a row and a feature spread as a binomial's do.
@@ -42,11 +42,11 @@ def test_dropout_is_like_independent_coins(p: float) -> None:
 
 
 def test_a_part_of_the_features_is_dropped_as_in_the_whole() -> None:
-    whole = dropped(torch.tensor(5), 50, torch.arange(60), 0.3)
-    assert torch.equal(dropped(torch.tensor(5), 50, torch.arange(13, 47), 0.3), whole[:, 13:47])
-    assert (dropped(torch.tensor(6), 50, torch.arange(60), 0.3) != whole).float().mean() > 0.3
+    whole = dropped(torch.tensor(5), torch.arange(50), torch.arange(60), 0.3)
+    assert torch.equal(dropped(torch.tensor(5), torch.arange(50), torch.arange(13, 47), 0.3), whole[:, 13:47])
+    assert (dropped(torch.tensor(6), torch.arange(50), torch.arange(60), 0.3) != whole).float().mean() > 0.3
 
 
 def test_the_ends_of_the_range_drop_none_or_nearly_all() -> None:
-    assert not dropped(torch.tensor(5), 50, torch.arange(60), 0.0).any()
-    assert dropped(torch.tensor(5), 50, torch.arange(60), 1 - 2**-33).all()
+    assert not dropped(torch.tensor(5), torch.arange(50), torch.arange(60), 0.0).any()
+    assert dropped(torch.tensor(5), torch.arange(50), torch.arange(60), 1 - 2**-33).all()

@@ -8,7 +8,6 @@ has a Trainer that believes to be alone, and all of them take the same batches.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from transformers import Trainer as TransformersTrainer
 from transformers.utils import logging as hf_logging
 
 from llama.console import notice
-from llama.errors import TrainingError
+from llama.finetuning.gradients import gradient_norm
 from llama.finetuning.logs import RunLog
 from llama.finetuning.step import Stepper, StepResult, n_targets
 from llama.finetuning.trainer import Trainer
@@ -75,7 +74,7 @@ class _Loop(TransformersTrainer):
 
     def __init__(self, run: Trainer, log: RunLog | None) -> None:
         settings, first = run.settings, run.n_done
-        self.run_, self.loss, self.started = run, 0.0, time.perf_counter()
+        self.run_, self.started, self.lr = run, time.perf_counter(), 0.0
         arguments = TrainingArguments(
             output_dir=str(run.folder.path),
             max_steps=run.n_steps - first,
@@ -107,22 +106,19 @@ class _Loop(TransformersTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of a step's batches; mean loss in nats over its learnt tokens."""
-        self.started = time.perf_counter()
+        self.started, self.lr = time.perf_counter(), self.run_.optimizer.param_groups[0]["lr"]
         model.train()
-        self.batches = self.run_.batches(inputs["step"])
-        factor = 1 / n_targets(example for batch in self.batches for example in batch)
+        batches, stepper = self.run_.batches(inputs["step"]), self.run_.stepper
+        factor = 1 / n_targets(example for batch in batches for example in batch)
         total = torch.zeros((), dtype=torch.float64)
-        for micro, batch in enumerate(self.batches):
-            self.run_.tuning.begin_pass(inputs["step"], micro)
-            loss = self.run_.stepper.loss(batch, factor)
+        for micro, batch in enumerate(batches):
+            stepper.tuning.begin_pass(inputs["step"], micro)
+            loss = stepper.loss(batch, factor)
             loss.backward()
             total += loss.detach().double().cpu()
-        self.loss = float(total)
-        if not math.isfinite(self.loss):
-            raise TrainingError(
-                f"the loss is no finite number at step {inputs['step'] + 1}: nothing was updated; "
-                "lower --lr, or compute in --dtype bf16 or fp32"
-            )
+        norm = gradient_norm(stepper.tuning.trained, stepper.model.ranks)
+        self.result = StepResult(float(total), norm, sum(len(e.tokens) for batch in batches for e in batch))
+        stepper.check(self.result, inputs["step"])
         return total
 
 
@@ -131,17 +127,8 @@ class _Told(TrainerCallback):
 
     def __init__(self, loop: _Loop, log: RunLog | None) -> None:
         self.loop, self.log = loop, log
-        self.norm = self.lr = 0.0
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The learning rate and the gradient that the update is made with, after clipping."""
-        group = self.loop.run_.optimizer.param_groups[0]
-        self.lr = group["lr"]
-        gradients = [p.grad.double().square().sum() for p in group["params"] if p.grad is not None]
-        self.norm = math.sqrt(sum(map(float, gradients)))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step is done."""
-        n_tokens = sum(len(example.tokens) for batch in self.loop.batches for example in batch)
         seconds = time.perf_counter() - self.loop.started
-        self.loop.run_.step_done(self.log, StepResult(self.loop.loss, self.norm, n_tokens), self.lr, seconds)
+        self.loop.run_.step_done(self.log, self.loop.result, self.loop.lr, seconds)

@@ -26,7 +26,6 @@ from llama.finetuning.trained import Trained, own_part
 from llama.model import Transformer
 from llama.noise import GOLDEN, dropped, mix, noise_key
 from llama.parallel.collectives import reduce_from_ranks
-from llama.parallel.groups import Ranks
 
 
 class _Dropout:
@@ -37,18 +36,24 @@ class _Dropout:
         key: of this linear.
         step: int64 scalar that all linears share, the number of the forward.
         features: which of the whole input's features this rank has.
+
+    Attributes:
+        rows: numbers of the rows of x, [N] int64, so that a text has its mask wherever in a batch it stands; None
+            counts them.
     """
 
     def __init__(self, p: float, key: int, step: Tensor, features: range) -> None:
         self.p, self._key, self._step = p, key, step
+        self.rows: Tensor | None = None
         self._features = torch.arange(features.start, features.stop, device=step.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., F] to the same, unscaled."""
-        n_rows = x.numel() // max(1, x.shape[-1])
-        # The number of rows counts too: a step's prefix and its examples go through the model apart.
-        key = mix(mix(self._step * GOLDEN + self._key) + n_rows)
-        return x.masked_fill(dropped(key, n_rows, self._features, self.p).view(x.shape), 0.0)
+        key, rows = mix(self._step * GOLDEN + self._key), self.rows
+        if rows is None:
+            rows = torch.arange(x.numel() // max(1, x.shape[-1]), device=x.device)
+            key = mix(key + len(rows))  # so that passes of different lengths differ
+        return x.masked_fill(dropped(key, rows, self._features, self.p).view(x.shape), 0.0)
 
 
 class _LoraLinear(nn.Module):
@@ -79,6 +84,11 @@ class _LoraLinear(nn.Module):
         for letter, parameter, dim in zip("AB", (self.a, self.b), self.cut_dims, strict=True):
             cuts = () if dim is None else self.base.cuts
             yield Trained(f"{name}.lora_{letter}", parameter, self.base.ranks, dim, cuts, partial=dim is None)
+
+    def number_rows(self, rows: Tensor) -> None:
+        """See `Lora.see`."""
+        if self._dropout is not None:
+            self._dropout.rows = rows
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
         """`y`, the base's product on this rank, with the update of it."""
@@ -128,8 +138,8 @@ class Lora:
         """Choose what dropout leaves out from here on.
 
         Args:
-            step: another number for every forward and backward: of the micro-batch, and of the replica
-                where there are several. It stays until the backward is done, which may recompute.
+            step: another number for every forward and backward, such as of the micro-batch. It stays until the
+                backward is done, which may recompute.
         """
         self._step.fill_(step)
 
@@ -143,9 +153,13 @@ class Lora:
         return
 
     def begin_pass(self, step: int, micro: int) -> None:
-        """Choose what dropout leaves out in batch `micro` of an optimiser step; copies of the model differ in it."""
-        replicas = self._model.ranks.replicas or Ranks()
-        self.begin_step(((step << 20) + micro) * replicas.world_size + replicas.rank)
+        """Choose what dropout leaves out in batch `micro` of an optimiser step, in every copy of the model alike."""
+        self.begin_step((step << 20) + micro)
+
+    def see(self, rows: Tensor) -> None:
+        """The numbers of the rows that come next, [N] int64: a row's mask follows from its number."""
+        for module in self._modules.values():
+            module.number_rows(rows)
 
     def adapter(self, base_model: str | None = None) -> LoraAdapter:
         """The whole matrices on the CPU, the same on every rank; a collective.

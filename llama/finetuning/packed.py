@@ -56,6 +56,7 @@ class Packed:
         supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
         targets: those next tokens, [M] int64.
         weights: how many examples learn each of them, [M] float32; 0 for padding.
+        keys: of every place, [N] int64: a hash of its text up to there, the same in whatever batch it stands.
         n_real: tokens that the plain computation would have without padding: every example's own, the virtual
             ones not counted.
     """
@@ -66,6 +67,7 @@ class Packed:
     supervised: Tensor
     targets: Tensor
     weights: Tensor
+    keys: Tensor
     n_real: int
     _biases: list[Tensor] = field(default_factory=list)
 

@@ -8,6 +8,7 @@ own tokens causally, and all of the shared stretches before it.
 
 from __future__ import annotations
 
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
@@ -45,6 +46,7 @@ class _Packer:
         self.positions = list(range(n_virtual))
         self.stretches: list[Stretch] = []
         self.paths: list[list[int]] = [[] for _ in examples]
+        self.keys = [0] * n_virtual
         everyone = list(range(len(examples)))
         n_shared = self._common(everyone) if share else 0
         before = self._add_shared(everyone, range(n_shared), (), place=0)
@@ -92,6 +94,10 @@ class _Packer:
 
     def _add_tokens(self, members: Sequence[int], run: range) -> None:
         places = range(len(self.positions), len(self.positions) + len(run))
+        key = self.keys[self.paths[members[0]][-1]] if run.start else 0
+        for token in self.inputs[members[0]][run.start : run.stop]:
+            key = zlib.crc32(token.to_bytes(4, "little"), key)
+            self.keys.append(key)
         self.row += self.inputs[members[0]][run.start : run.stop]
         self.positions += range(self.n_virtual + run.start, self.n_virtual + run.stop)
         for i in members:
@@ -112,5 +118,6 @@ class _Packer:
             supervised=torch.tensor(places, device=device),
             targets=torch.tensor(targets, device=device),
             weights=torch.tensor([*learnt.values(), *[0] * n_idle], device=device, dtype=torch.float32),
+            keys=torch.tensor([*self.keys, *[0] * n_pad], device=device),
             n_real=sum(len(example.tokens) for example in self.examples),
         )

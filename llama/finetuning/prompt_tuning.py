@@ -39,6 +39,9 @@ class SoftPrompt:
     def begin_pass(self, step: int, micro: int) -> None:
         """Nothing here is random."""
 
+    def see(self, rows: Tensor) -> None:
+        """Nothing here depends on them."""
+
     def adapter(self, base_model: str | None = None) -> PromptAdapter:
         """The soft prompt as it is now, on the CPU."""
         return PromptAdapter(self.parameter.detach().cpu().clone(), self.init_text, base_model)

@@ -47,7 +47,10 @@ class Tuning(Protocol):
         """Their embeddings, [n_virtual, dim] float32, with gradient."""
 
     def begin_pass(self, step: int, micro: int) -> None:
-        """What is random in the next pass follows from these two numbers."""
+        """What is random in the next pass follows from these two numbers and `see`."""
+
+    def see(self, rows: Tensor) -> None:
+        """The numbers of the rows of the next pass, [N] int64: see `Packed.keys`."""
 
     def adapter(self, base_model: str | None = None) -> Adapter:
         """What was learnt, whole; a collective call."""
@@ -150,7 +153,7 @@ class Stepper:
         norm = gradient_norm(self.tuning.trained, self.model.ranks) / self.scale.value
         n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
         result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))
-        self._check(result, step)
+        self.check(result, step)
         if not result.skipped:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
@@ -165,6 +168,7 @@ class Stepper:
     def loss(self, examples: Sequence[Example], factor: float) -> Tensor:
         """Sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
         packed = self.pack(examples)
+        self.tuning.see(packed.keys)
         hidden = self.model.hidden(embeddings=self._embed(packed), positions=packed.positions, cache=packed)
         supervised = hidden[0].index_select(0, packed.supervised)
         return cross_entropy(self.model, supervised, packed.targets, packed.weights, factor)
@@ -192,7 +196,12 @@ class Stepper:
         prompt = self.tuning.embeddings()
         return text if prompt is None else torch.cat((prompt.to(text.dtype).unsqueeze(0), text), dim=1)
 
-    def _check(self, result: StepResult, step: int) -> None:
+    def check(self, result: StepResult, step: int) -> None:
+        """Whether a step may be taken.
+
+        Raises:
+            TrainingError: when its loss or gradient is no number, other than by float16's overflow.
+        """
         if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or self._may_back_off()):
             return
         what = "loss" if not math.isfinite(result.loss) else "gradient"

@@ -31,7 +31,7 @@ def run(kind: type[Trainer], model_folder: Path, out: Path, **changes: Any) -> d
     folder.claim({})
     kind(model, SoftPrompt(model, start), settings, batch_of(30), batch_of(5, seed=9), folder).run()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    keys = ("loss", "lr", "eval_loss", "tokens")
+    keys = ("loss", "lr", "eval_loss", "tokens", "grad_norm")
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}
 
 
@@ -49,4 +49,5 @@ def test_trainer_takes_the_same_steps(on_ranks: Any, model_folder: Path, tmp_pat
         assert theirs[key].keys() == ours[key].keys()
         assert max(abs(theirs[key][step] - ours[key][step]) for step in ours[key]) < 1e-4
     assert theirs["lr"] == pytest.approx(ours["lr"], rel=1e-9)
+    assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-3)
     assert {path.name for path in (tmp_path / "theirs").glob("checkpoint-*")} == {"checkpoint-40", "checkpoint-50"}

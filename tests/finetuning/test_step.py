@@ -28,13 +28,15 @@ def batches(step: int, examples: list[Example]) -> list[list[Example]]:
     return [[examples[i] for i in batch] for batch in order.step_batches(step)]
 
 
-def train(folder: Path, method: str, n_steps: int = N_STEPS, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def train(
+    folder: Path, method: str, n_steps: int = N_STEPS, dtype: torch.dtype = torch.float32, dropout: float = 0.0
+) -> dict[str, Any]:
     """Losses and norms of each step, the whole gradients of the first."""
     model = sharded(folder, dtype)
     tuning: Any = (
         SoftPrompt(model, start())
         if method == "prompt"
-        else add_lora(model, 4, 8.0, ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), dropout=0.0, seed=3)
+        else add_lora(model, 4, 8.0, ("wq", "wk", "wv", "wo", "w1", "w2", "w3"), dropout=dropout, seed=3)
     )
     optimizer = torch.optim.AdamW([tensor.parameter for tensor in tuning.trained], lr=LR, weight_decay=0.0)
     stepper = Stepper(model, tuning, optimizer, max_grad_norm=1e6)
@@ -90,21 +92,25 @@ def test_prompt_tuning_is_pefts_at_every_world_size(
 
 
 @pytest.fixture(scope="module")
-def lora_alone(folder: Path) -> dict[str, Any]:
-    return train(folder, "lora", 12)
+def lora_alone(folder: Path) -> dict[float, dict[str, Any]]:
+    return {dropout: train(folder, "lora", 12, dropout=dropout) for dropout in (0.0, 0.3)}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("world_size", "model_ranks"), LAYOUTS[1:])
 def test_lora_is_the_same_at_every_world_size(
-    on_ranks: Any, folder: Path, lora_alone: dict[str, Any], world_size: int, model_ranks: int | None
+    on_ranks: Any, folder: Path, lora_alone: Any, world_size: int, model_ranks: int | None, dropout: float
 ) -> None:
-    for ours in on_ranks(world_size, train, folder, "lora", 12, model_ranks=model_ranks):
-        assert max(abs(a - b) for a, b in zip(ours["loss"], lora_alone["loss"], strict=True)) < 1e-4
-        for a, b in zip(ours["norm"], lora_alone["norm"], strict=True):
+    alone = lora_alone[dropout]
+    for ours in on_ranks(world_size, train, folder, "lora", 12, torch.float32, dropout, model_ranks=model_ranks):
+        assert max(abs(a - b) for a, b in zip(ours["loss"], alone["loss"], strict=True)) < 1e-4
+        for a, b in zip(ours["norm"], alone["norm"], strict=True):
             assert abs(a - b) < 1e-4 * b
-        for name, gradient in lora_alone["gradients"].items():
+        for name, gradient in alone["gradients"].items():
             if gradient.norm():  # A's is zero while B is
                 assert close(ours["gradients"][name], gradient, 1e-5), name
+    assert abs(lora_alone[0.0]["loss"][0] - lora_alone[0.3]["loss"][0]) < 1e-6  # B is zero
+    assert abs(lora_alone[0.0]["loss"][5] - lora_alone[0.3]["loss"][5]) > 1e-5
 
 
 def test_bfloat16_learns_with_float32_weights(folder: Path) -> None:
