@@ -81,6 +81,16 @@ def partial_file(target: Path) -> Iterator[Path]:
         partial.replace(target)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file beside and rename it, so that no half of it is ever there.
+
+    Raises:
+        CheckpointError: when the system refuses; what stood there is as it was.
+    """
+    with partial_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def _cleared(target: Path) -> Iterator[Path]:
     """The unfinished name of `target`, with nothing under it before, and nothing after a failure."""

@@ -16,8 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llama.checkpoint.folders import replace_text
 from llama.console import notice
-from llama.finetuning.run_folder import replace_text
 
 METRICS, PICTURE, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
 # Lines that a run prints where no bar can be drawn.

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoint.folders import partial_folder
+from llama.checkpoint.folders import partial_folder, replace_text
 from llama.checkpoint.source import PARTIAL
 from llama.config import ModelArgs, read_json
 from llama.errors import CheckpointError, TrainingError
@@ -201,14 +201,3 @@ def _compare(written: TrainState, found: TrainState, folder: Path) -> None:
     )
     if not same or written.step != found.step:
         raise TrainingError(f"{folder} does not hold what was written: is the disk sound?")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file beside and rename it, so that no half of it is ever there."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None

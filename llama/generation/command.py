@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat import Dialog
+from llama.checkpoint.folders import replace_text
 from llama.console import is_speaker, notice
 from llama.data.records import Record
 from llama.data.templates import find_template
@@ -162,17 +163,7 @@ def write_json(path: str | None, records: list[dict[str, Any]]) -> None:
         return
     with groups.phase("results"):
         if is_speaker():
-            _replace(Path(path), json.dumps(records, ensure_ascii=False, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise LlamaError(f"cannot write {path}: {error.strerror}") from None
+            replace_text(Path(path), json.dumps(records, ensure_ascii=False, indent=2) + "\n")
 
 
 def _say(text: str, end: str = "\n") -> None:
