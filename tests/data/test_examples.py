@@ -235,12 +235,16 @@ def test_text_that_spells_special_tokens_stays_text(any_kind, template):
     assert [token for token in found(spelt) if token] == found(innocent)
 
 
-def test_a_token_may_reach_across_the_border(tt):
-    """The context then ends before it, so that what is learnt holds all of the answer."""
-    (example,) = encoded(tt, "alpaca", [Record("Say it.", "", "The end")])
-    prompt = find_template("alpaca", tt.ours).encode_prompt(Record("Say it.", "", "The end"))
-    assert example.n_context == len(prompt) - 1
-    assert tt.ours.decode(example.tokens[example.n_context : -1]) == ":The end"
+def test_no_token_reaches_across_the_border(tt):
+    """What is learnt goes on from the very ids that an answer is generated from, though ":The" is a token too."""
+    record = Record("Say it.", "", "The end")
+    (example,) = encoded(tt, "alpaca", [record])
+    prompt = find_template("alpaca", tt.ours).encode_prompt(record)
+    assert list(example.tokens[: example.n_context]) == prompt
+    assert tt.ours.decode(example.tokens[example.n_context : -1]) == "The end"
+    assert tt.ours.encode(":The", bos=False, eos=False) != tt.ours.encode(":", bos=False, eos=False) + tt.ours.encode(
+        "The", bos=False, eos=False
+    )
 
 
 @pytest.mark.parametrize("template", ["alpaca", "llama2", "plain"])
