@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+from llama.config import ModelArgs
+from llama.model import Transformer
+from llama.parallel import groups
+from llama.parallel.partition import Partition
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -22,3 +28,14 @@ def peak_bytes(function: Callable[[], Any]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def frozen_shard(args: ModelArgs, dtype: torch.dtype) -> Transformer:
+    """This rank's shard of a frozen model with random weights."""
+    ranks = groups.current()
+    model = Transformer(args, Partition.create(args, ranks.world_size), ranks, dtype=dtype).requires_grad_(False)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=0.02)
+    return model

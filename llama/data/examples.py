@@ -108,14 +108,12 @@ def encode_records(
 
 def _encode(record: Record, template: Template, train_on_prompt: bool) -> tuple[list[int], int]:
     whole = template.encode(record)
-    return whole, 1 if train_on_prompt else _n_common(whole, template.encode_prompt(record))
+    return whole, 1 if train_on_prompt else n_common(whole, template.encode_prompt(record))
 
 
-def _n_common(whole: Sequence[int], prompt: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    if list(whole[: len(prompt)]) == prompt:
-        return len(prompt)
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(whole, prompt, strict=False)))
+def n_common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _nothing_left(n_records: int, max_seq_len: int, shortest: int) -> str:

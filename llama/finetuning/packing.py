@@ -11,11 +11,10 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
 
 import torch
 
-from llama.data.examples import Example
+from llama.data.examples import Example, n_common
 from llama.finetuning.packed import Packed, Span, Stretch
 from llama.lengths import round_up
 
@@ -60,15 +59,13 @@ class _Packer:
         """How many tokens all of them begin with."""
         rows = [self.inputs[i] for i in members]
         # What the first and the last in order share, all between them share.
-        pairs = zip(min(rows), max(rows), strict=False)
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return n_common(min(rows), max(rows))
 
     def _branches(self, members: Sequence[int], at: int) -> list[list[int]]:
         """Members by their token at `at`, those that stand alone together."""
-        counts = Counter(self.inputs[i][at : at + 1] for i in members)
-        if len(counts) == 1:
-            return [list(members)]
-        branches = {key: [i for i in members if self.inputs[i][at : at + 1] == key] for key in counts}
+        branches: dict[tuple[int, ...], list[int]] = {}
+        for i in members:
+            branches.setdefault(self.inputs[i][at : at + 1], []).append(i)
         together = [branch for branch in branches.values() if len(branch) > 1]
         alone = [branch[0] for branch in branches.values() if len(branch) == 1]
         return together + ([alone] if alone else [])

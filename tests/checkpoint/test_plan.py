@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import peak_bytes
+from counting import frozen_shard, peak_bytes
 from support import hf_model, sentencepiece_model, write_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -28,7 +28,6 @@ from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import Settings, Tasks, expected_work
 from llama.geometries import geometry
-from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.partition import Partition
 
@@ -44,13 +43,8 @@ GEOMETRIES = {
 
 def counted(args: ModelArgs, work: Workload, dtype: torch.dtype, sampling: Sampling) -> tuple[int, int]:
     """Activations of this rank: counted while the engine runs, and planned."""
-    ranks = groups.current()
-    partition = Partition.create(args, ranks.world_size)
-    model = Transformer(args, partition, ranks, dtype=dtype).requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
+    model = frozen_shard(args, dtype)
+    ranks, partition = model.ranks, model.partition
     prefix = prefix_of(model, torch.zeros(work.prefix, args.dim)) if work.prefix else None
     prompt = [1] * (work.length - 1)
     requests = [Request(index, prompt, 1, sampling) for index in range(work.n_prompts)]

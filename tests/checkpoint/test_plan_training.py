@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from counting import peak_bytes
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from counting import frozen_shard, peak_bytes
 
 from llama.checkpoint import memory
 from llama.checkpoint.activations import Kernels
@@ -31,6 +29,7 @@ from llama.errors import LlamaError, UsageError
 from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.settings import TrainSettings
+from llama.finetuning.speed import checkpoint_blocks
 from llama.finetuning.step import Stepper
 from llama.finetuning.workload import workload
 from llama.geometries import geometry
@@ -71,22 +70,12 @@ def examples(work: Training, vocab_size: int, ragged: int) -> list[Example]:
     return [Example(tuple(row), 1) for row in rows]
 
 
-def checkpointed(block: nn.Module) -> None:
-    forward = block.forward
-    block.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)  # type: ignore[method-assign]
-
-
 def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0) -> float:
     """Planned over counted on this rank: of two steps, with what is trained and the optimiser."""
-    ranks = groups.current()
-    partition = Partition.create(args, ranks.world_size)
-    model = Transformer(args, partition, ranks, dtype=dtype).requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-    for block in model.layers if work.checkpointing else ():
-        checkpointed(block)
+    model = frozen_shard(args, dtype)
+    ranks, partition = model.ranks, model.partition
+    if work.checkpointing:
+        checkpoint_blocks(model)
     batch = examples(work, args.vocab_size, ragged)
 
     def train() -> None:
