@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from support import DIM
-from tuning_support import batch_of, sharded, write_model
+from tuning_support import batch_of, claimed, sharded, write_model
 
 from llama.finetuning.hf_trainer import HfTrainer
 from llama.finetuning.prompt_tuning import SoftPrompt
-from llama.finetuning.run_folder import RunFolder
 from llama.finetuning.settings import TrainSettings
 from llama.finetuning.trainer import Trainer
 
@@ -27,9 +26,7 @@ def run(kind: type[Trainer], model_folder: Path, out: Path, **changes: Any) -> d
         }
     )  # fmt: skip
     start = torch.randn(4, DIM, generator=torch.Generator().manual_seed(1)) * 0.1
-    folder = RunFolder(out)
-    folder.claim({})
-    kind(model, SoftPrompt(model, start), settings, batch_of(30), batch_of(5, seed=9), folder).run()
+    kind(model, SoftPrompt(model, start), settings, batch_of(30), batch_of(5, seed=9), claimed(out)).run()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     keys = ("loss", "lr", "eval_loss", "tokens", "grad_norm")
     return {key: {line["step"]: line[key] for line in lines if key in line} for key in keys}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import DIM
-from tuning_support import batch_of, sharded, write_model
+from tuning_support import batch_of, claimed, sharded, write_model
 
 from llama.errors import LlamaError, TrainingError
 from llama.finetuning import picture
@@ -45,10 +45,8 @@ def trainer(model_folder: Path, out: Path, method: str = "prompt", **changes: An
         if method == "prompt"
         else add_lora(model, 2, 4.0, ("wq", "wk", "wo", "w2"), dropout=0.1, seed=1)
     )
-    folder = RunFolder(out)
-    run = Trainer(model, tuning, settings, batch_of(14), batch_of(5, seed=9), folder, base_model="base")
-    folder.claim({"lr": settings.lr})
-    return run
+    folder = claimed(out, lr=settings.lr)
+    return Trainer(model, tuning, settings, batch_of(14), batch_of(5, seed=9), folder, base_model="base")
 
 
 def go_on(model_folder: Path, out: Path, method: str = "prompt", hf: bool = False) -> Trainer:

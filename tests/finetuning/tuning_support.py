@@ -13,7 +13,9 @@ from torch import Tensor
 
 from llama.checkpoint.load import load_model
 from llama.checkpoint.source import open_checkpoint
+from llama.console import is_speaker
 from llama.data.examples import Example
+from llama.finetuning.run_folder import RunFolder
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.partition import Partition
@@ -45,6 +47,15 @@ def sharded(folder: Path, dtype: torch.dtype = torch.float32, tensor_split: str 
 def write_model(folder: Path, generation: str = "2") -> Path:
     """A tiny checkpoint whose Hugging Face twin is `hf_model(generation)`."""
     return write_meta(folder, hf_model(generation))
+
+
+def claimed(out: Path, **description: Any) -> RunFolder:
+    """A run's folder, claimed as the command claims it: by one rank, while the others wait."""
+    folder = RunFolder(out)
+    with groups.phase("folder"):
+        if is_speaker():
+            folder.claim(description)
+    return folder
 
 
 def peft_twin(generation: str, prompt: Tensor) -> Any:
