@@ -51,3 +51,7 @@ class AdapterError(LlamaError):
 
 class TrainingError(LlamaError):
     """A training run that cannot start, continue or go on."""
+
+
+class QuantizationError(LlamaError):
+    """A way to quantize that does not exist, or that does not fit the model."""

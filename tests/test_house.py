@@ -9,7 +9,7 @@ import pytest
 
 # What each part of llama/ may import, by the part's first name; a part may always import itself.
 BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "lean", "attention", "cache", "parallel", "device", "noise", "lengths"}
+MODEL = BASE | {"rope", "lean", "attention", "cache", "kernels", "parallel", "device", "noise", "lengths"}
 TEXT = {"errors", "tokenizer"}
 ALLOWED = {
     "errors": set(),
@@ -24,16 +24,18 @@ ALLOWED = {
     "noise": set(),
     "lengths": set(),
     "device": {"env", "errors"},
-    "parallel": {"errors", "env", "config"},
+    "kernels": {"errors", "env", "console"},
+    "parallel": {"errors", "env", "config", "kernels"},
     "model": MODEL,
+    "quantization": MODEL | {"model"},
     # Text only for what carries the tokenizer and the chat template along: conversion and export.
-    "checkpoint": MODEL | {"model", "geometries", "tokenizer", "chat"},
+    "checkpoint": MODEL | {"model", "quantization", "geometries", "tokenizer", "chat"},
     "tokenizer": {"errors"},
     "chat": TEXT,
     "data": TEXT | {"chat", "console"},
     # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
-    "finetuning": MODEL | {"model", "checkpoint", "tokenizer", "data"},
-    "generation": MODEL | {"model", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
+    "finetuning": MODEL | {"model", "quantization", "checkpoint", "tokenizer", "data"},
+    "generation": MODEL | {"model", "quantization", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.kernels.products import linear
 from llama.parallel import groups
 from llama.parallel.collectives import (
     copy_to_ranks,
@@ -37,10 +38,16 @@ class _Sharded(nn.Module):
         self.ranks = groups.current() if ranks is None else ranks
         self.cuts = tuple(cuts) if cuts is not None else even_ranges(total, self.ranks.world_size)
 
+    weight: nn.Parameter
+
     @property
     def own(self) -> range:
         """The rows or columns of the whole weight that this rank holds."""
         return self.cuts[self.ranks.rank]
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [..., K] with this rank's matrix [N, K] to [..., N]."""
+        return linear(x, self.weight)
 
 
 class ColumnParallelLinear(_Sharded):
@@ -86,7 +93,9 @@ class ColumnParallelLinear(_Sharded):
         """[..., in_features] to [..., out_features], or this rank's features of them."""
         if self.copy_input:
             x = copy_to_ranks(x, self.ranks)
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x)
+        if self.bias is not None:
+            y = y + self.bias
         return gather_from_ranks(y, self.cuts, self.ranks) if self.gather_output else y
 
 
@@ -134,7 +143,7 @@ class RowParallelLinear(_Sharded):
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's features of x, [..., len(cuts[rank])], to its part of the sum: [..., out_features]."""
-        return F.linear(x, self.weight)
+        return self.product(x)
 
 
 class VocabParallelEmbedding(_Sharded):
@@ -169,8 +178,12 @@ class VocabParallelEmbedding(_Sharded):
     def forward(self, ids: Tensor) -> Tensor:
         """[...] int64 to [..., embedding_dim]."""
         if self.ranks.world_size == 1:
-            return F.embedding(ids, self.weight)
+            return self.lookup(ids)
         local = ids - self.own.start
         foreign = (local < 0) | (local >= len(self.own))
-        vectors = F.embedding(local.masked_fill(foreign, 0), self.weight)
+        vectors = self.lookup(local.masked_fill(foreign, 0))
         return reduce_from_ranks(vectors.masked_fill(foreign.unsqueeze(-1), 0.0), self.ranks)
+
+    def lookup(self, local: Tensor) -> Tensor:
+        """Vectors of this rank's own rows: [...] int64, counted from the first of them, to [..., embedding_dim]."""
+        return F.embedding(local, self.weight)

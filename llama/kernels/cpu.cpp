@@ -1,0 +1,270 @@
+// Products of a few rows with a large matrix on a CPU, at the speed at which memory gives up the matrix.
+//
+// One token's decode step reads every weight once and computes almost nothing, so what counts is that a row streams
+// through each core without a stop: one row of the matrix at a time, several sums under way, and a prefetch far enough
+// ahead. Sums are in float32. Integers are widened in registers; nothing of the activations is rounded.
+//
+// Layouts (see llama/kernels/formats.py): int8 [N, K] with one scale a row; int4 [N, K / 2], where 16 bytes hold
+// 32 columns, byte j column j in its low half and column 16 + j in its high half, biased by 8, with a bfloat16 scale
+// for each group of columns.
+
+#include <ATen/Dispatch.h>
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <cstdint>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 32;    // columns of int4 that are packed together
+constexpr int64_t TILE = 4;      // rows of x for which a matrix row is widened once
+constexpr int64_t AHEAD = 1024;  // bytes; half of it or three times as much measured slower
+
+inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
+
+// Rows of the matrix that a thread takes at least: below this starting threads costs more than it saves.
+int64_t grain(int64_t columns) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns)); }
+
+// -- bfloat16: one row of x -----------------------------------------------------------------------------------------
+
+float dot(const at::BFloat16* w, const at::BFloat16* x, int64_t n) {
+  int64_t k = 0;
+  float sum = 0;
+#if defined(__AVX512BF16__)
+  __m512 a = _mm512_setzero_ps(), b = a, c = a, d = a;
+  const auto load = [](const at::BFloat16* p) { return (__m512bh)_mm512_loadu_si512(p); };
+  for (; k + 128 <= n; k += 128) {
+    for (int64_t line = 0; line < 256; line += 64) prefetch(reinterpret_cast<const char*>(w + k) + AHEAD + line);
+    a = _mm512_dpbf16_ps(a, load(w + k), load(x + k));
+    b = _mm512_dpbf16_ps(b, load(w + k + 32), load(x + k + 32));
+    c = _mm512_dpbf16_ps(c, load(w + k + 64), load(x + k + 64));
+    d = _mm512_dpbf16_ps(d, load(w + k + 96), load(x + k + 96));
+  }
+  sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)));
+#endif
+  for (; k < n; ++k) sum += static_cast<float>(w[k]) * static_cast<float>(x[k]);
+  return sum;
+}
+
+// x [..., K] of one row and w [N, K], both bfloat16, to [..., N].
+at::Tensor bf16_row(const at::Tensor& x, const at::Tensor& w) {
+  TORCH_CHECK(x.numel() == w.size(1) && x.scalar_type() == at::kBFloat16 && w.scalar_type() == at::kBFloat16);
+  const auto row = x.contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = w.size(0);
+  auto y = at::empty(shape, x.options());
+  const auto* xs = row.const_data_ptr<at::BFloat16>();
+  const auto* ws = w.const_data_ptr<at::BFloat16>();
+  auto* out = y.mutable_data_ptr<at::BFloat16>();
+  const int64_t columns = w.size(1);
+  at::parallel_for(0, w.size(0), grain(columns), [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) out[n] = dot(ws + n * columns, xs, columns);
+  });
+  return y;
+}
+
+// -- integers: a few rows of x, in float32 --------------------------------------------------------------------------
+
+// M sums of one int8 row with M rows of x, `stride` apart.
+template <int M>
+void dot_int8(const int8_t* w, const float* x, int64_t stride, int64_t n, float* sums) {
+  int64_t k = 0;
+  for (int m = 0; m < M; ++m) sums[m] = 0;
+#if defined(__AVX512F__)
+  __m512 a[M], b[M];
+  for (int m = 0; m < M; ++m) a[m] = b[m] = _mm512_setzero_ps();
+  const auto widen = [](const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  };
+  for (; k + 64 <= n; k += 64) {
+    prefetch(w + k + 2 * AHEAD);
+    const __m512 first = widen(w + k), second = widen(w + k + 16), third = widen(w + k + 32),
+                 fourth = widen(w + k + 48);
+    for (int m = 0; m < M; ++m) {
+      const float* at = x + m * stride + k;
+      a[m] = _mm512_fmadd_ps(first, _mm512_loadu_ps(at), a[m]);
+      b[m] = _mm512_fmadd_ps(second, _mm512_loadu_ps(at + 16), b[m]);
+      a[m] = _mm512_fmadd_ps(third, _mm512_loadu_ps(at + 32), a[m]);
+      b[m] = _mm512_fmadd_ps(fourth, _mm512_loadu_ps(at + 48), b[m]);
+    }
+  }
+  for (int m = 0; m < M; ++m) sums[m] = _mm512_reduce_add_ps(_mm512_add_ps(a[m], b[m]));
+#endif
+  for (; k < n; ++k)
+    for (int m = 0; m < M; ++m) sums[m] += static_cast<float>(w[k]) * x[m * stride + k];
+}
+
+// The scales of the 16 blocks from column k on.
+template <int64_t GROUP>
+void load_scales(const at::BFloat16* scales, int64_t k, float* out) {
+#if defined(__AVX512F__)
+  if constexpr (GROUP == BLOCK) {
+    const auto halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + k / GROUP));
+    _mm512_storeu_si512(out, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    return;
+  }
+#endif
+  for (int64_t block = 0; block < 16; ++block) out[block] = scales[(k + block * BLOCK) / GROUP];
+}
+
+// M sums of one int4 row with M rows of x; GROUP columns share a scale.
+template <int M, int64_t GROUP>
+void dot_int4(const uint8_t* w, const at::BFloat16* scales, const float* x, int64_t stride, int64_t n, float* sums) {
+  int64_t k = 0;
+  for (int m = 0; m < M; ++m) sums[m] = 0;
+#if defined(__AVX512F__)
+  const __m512 table = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  constexpr int CHAINS = M == 1 ? 4 : 2;  // sums under way: enough to hide their latency, few enough for registers
+  __m512 total[M][CHAINS];
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < CHAINS; ++c) total[m][c] = _mm512_setzero_ps();
+  alignas(64) float factors[16];
+  for (; k + 16 * BLOCK <= n; k += 16 * BLOCK) {
+    load_scales<GROUP>(scales, k, factors);
+    for (int step = 0; step < 16; step += CHAINS) {
+      const int64_t base = k + step * BLOCK;
+      prefetch(w + base / 2 + AHEAD);
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c) {
+        const int64_t at = base + c * BLOCK;
+        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + at / 2)));
+        // The lookup takes the low four bits of each lane and leaves the others out.
+        const __m512 low = _mm512_permutexvar_ps(pairs, table);
+        const __m512 high = _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table);
+        const __m512 scale = _mm512_set1_ps(factors[step + c]);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          __m512 part = _mm512_mul_ps(low, _mm512_loadu_ps(x + m * stride + at));
+          part = _mm512_fmadd_ps(high, _mm512_loadu_ps(x + m * stride + at + BLOCK / 2), part);
+          total[m][c] = _mm512_fmadd_ps(part, scale, total[m][c]);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int c = 0; c < CHAINS; ++c) sums[m] += _mm512_reduce_add_ps(total[m][c]);
+#endif
+  for (; k < n; k += BLOCK) {
+    const float scale = scales[k / GROUP];
+    float part[M] = {};
+    for (int64_t j = 0; j < BLOCK / 2; ++j) {
+      const int byte = w[k / 2 + j];
+      const float low = (byte & 15) - 8, high = (byte >> 4) - 8;
+      for (int m = 0; m < M; ++m) part[m] += low * x[m * stride + k + j] + high * x[m * stride + k + j + BLOCK / 2];
+    }
+    for (int m = 0; m < M; ++m) sums[m] += part[m] * scale;
+  }
+}
+
+// Calls `dot.operator()<M>(row, x, sums)` for every row of the matrix and every tile of rows of x; y[m, n] is a sum.
+template <typename Dot>
+at::Tensor products(const at::Tensor& x, int64_t n_rows, const Dot& dot) {
+  const int64_t columns = x.size(-1), n_x = x.numel() / columns;
+  const auto wide = x.to(at::kFloat).contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = n_rows;
+  auto y = at::empty(shape, wide.options());
+  const float* xs = wide.const_data_ptr<float>();
+  float* out = y.mutable_data_ptr<float>();
+  at::parallel_for(0, n_rows, grain(columns), [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n)
+      for (int64_t m = 0; m < n_x; m += TILE) {
+        float sums[TILE];
+        const float* at = xs + m * columns;
+        const int64_t count = std::min(TILE, n_x - m);
+        switch (count) {
+          case 1: dot.template operator()<1>(n, at, sums); break;
+          case 2: dot.template operator()<2>(n, at, sums); break;
+          case 3: dot.template operator()<3>(n, at, sums); break;
+          default: dot.template operator()<4>(n, at, sums);
+        }
+        for (int64_t i = 0; i < count; ++i) out[(m + i) * n_rows + n] = sums[i];
+      }
+  });
+  return y.to(x.scalar_type());
+}
+
+// x [..., K], w [N, K] int8, scales [N] float32 to [..., N].
+at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& scales) {
+  TORCH_CHECK(x.size(-1) == w.size(1) && w.scalar_type() == at::kChar && w.is_contiguous());
+  const auto* ws = w.const_data_ptr<int8_t>();
+  const float* factors = scales.const_data_ptr<float>();
+  const int64_t columns = w.size(1);
+  return products(x, w.size(0), [&]<int M>(int64_t n, const float* at, float* sums) {
+    dot_int8<M>(ws + n * columns, at, columns, columns, sums);
+    for (int m = 0; m < M; ++m) sums[m] *= factors[n];
+  });
+}
+
+// x [..., K], w [N, K / 2] uint8, scales [N, K / group] bfloat16 to [..., N].
+at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& w, const at::Tensor& scales) {
+  const int64_t columns = x.size(-1), group = columns / scales.size(1);
+  TORCH_CHECK(columns == 2 * w.size(1) && group * scales.size(1) == columns && group % BLOCK == 0);
+  TORCH_CHECK(w.scalar_type() == at::kByte && w.is_contiguous() && scales.is_contiguous());
+  const auto* ws = w.const_data_ptr<uint8_t>();
+  const auto* factors = scales.const_data_ptr<at::BFloat16>();
+  const auto product = [&]<int64_t GROUP>() {
+    return products(x, w.size(0), [&]<int M>(int64_t n, const float* at, float* sums) {
+      dot_int4<M, GROUP>(ws + n * columns / 2, factors + n * (columns / GROUP), at, columns, columns, sums);
+    });
+  };
+  switch (group) {
+    case 32: return product.template operator()<32>();
+    case 64: return product.template operator()<64>();
+    case 128: return product.template operator()<128>();
+    default: TORCH_CHECK(false, "int4 has groups of 32, 64 or 128, not ", group);
+  }
+}
+
+// -- back to numbers, for products of many rows ---------------------------------------------------------------------
+
+template <typename T>
+void widen_int4(const uint8_t* w, const at::BFloat16* scales, int64_t n, int64_t group, T* out) {
+  for (int64_t k = 0; k < n; k += BLOCK) {
+    const float scale = scales[k / group];
+    for (int64_t j = 0; j < BLOCK / 2; ++j) {
+      const int byte = w[k / 2 + j];
+      out[k + j] = static_cast<T>(((byte & 15) - 8) * scale);
+      out[k + j + 16] = static_cast<T>(((byte >> 4) - 8) * scale);
+    }
+  }
+}
+
+// w [N, K / 2] uint8, scales [N, K / group] bfloat16 to [N, K] of `like`'s dtype.
+at::Tensor int4_values(const at::Tensor& w, const at::Tensor& scales, const at::Tensor& like) {
+  const int64_t columns = 2 * w.size(1), group = columns / scales.size(1);
+  auto out = at::empty({w.size(0), columns}, like.options());
+  const auto* ws = w.const_data_ptr<uint8_t>();
+  const auto* factors = scales.const_data_ptr<at::BFloat16>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "int4_values", [&] {
+    auto* values = out.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, w.size(0), grain(columns), [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n)
+        widen_int4(ws + n * columns / 2, factors + n * (columns / group), columns, group, values + n * columns);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(llama_shards, library) {
+  library.def("bf16_row(Tensor x, Tensor w) -> Tensor");
+  library.def("int8_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
+  library.def("int4_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
+  library.def("int4_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
+  library.impl("bf16_row", &bf16_row);
+  library.impl("int8_linear", &int8_linear);
+  library.impl("int4_linear", &int4_linear);
+  library.impl("int4_values", &int4_values);
+}

@@ -1,0 +1,113 @@
+"""Products of activations with large matrices: our kernels where they are built and serve, torch's elsewhere.
+
+A matrix is held in a dtype of numbers, or as packed integers with scales (see `llama.kernels.formats`).
+
+Shape legend: M rows of x, N rows of the matrix, K columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.kernels.build import load_kernels
+from llama.kernels.formats import dequantize
+
+# Rows of x up to which integers are multiplied as they are; beyond, widening them first costs less.
+FEW_ROWS = 16
+# Numbers of a matrix that are widened at a time.
+PIECE = 16 << 20
+
+_loaded = False
+
+
+def enable() -> bool:
+    """Build and load the kernels, if this machine can; whether they are there."""
+    global _loaded
+    if not _loaded and load_kernels():
+        _register_shapes()
+        _loaded = True
+    return _loaded
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T`: x [..., K] and weight [N, K] to [..., N]."""
+    if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not _has_gradient(x, weight):
+        return torch.ops.llama_shards.bf16_row(x, weight)
+    return F.linear(x, weight)
+
+
+def packed_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    """`x W^T` where W is held as integers: x [..., K] to [..., N]; see `llama.kernels.formats`."""
+    if _has_gradient(x):
+        return _PackedLinear.apply(x, packed, scales)
+    if _loaded and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
+        kernel = (
+            torch.ops.llama_shards.int8_linear if packed.dtype == torch.int8 else torch.ops.llama_shards.int4_linear
+        )
+        return kernel(x, packed, scales)
+    return _in_pieces(x, packed, scales)
+
+
+def values(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers that integers stand for, [N, K]."""
+    if _loaded and packed.dtype == torch.uint8 and packed.device.type == "cpu":
+        return torch.ops.llama_shards.int4_values(packed, scales, torch.empty(0, dtype=dtype))
+    return dequantize(packed, scales, dtype)
+
+
+def _is_one_row(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() == x.shape[-1]
+
+
+def _has_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _pieces(packed: Tensor) -> list[slice]:
+    """Runs of rows of a matrix that are widened one after another."""
+    n_rows = packed.shape[0]
+    step = max(1, PIECE // (packed.shape[1] * (1 if packed.dtype == torch.int8 else 2)))
+    return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
+
+
+def _in_pieces(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+    parts = [F.linear(x, values(packed[rows], scales[rows], x.dtype)) for rows in _pieces(packed)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class _PackedLinear(torch.autograd.Function):
+    """The backward widens the matrix again: nothing of it is kept in full."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        return _in_pieces(x, packed, scales)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        packed, scales = ctx.saved_tensors
+        grad = grads[0]
+        total: Tensor | None = None
+        for rows in _pieces(packed):
+            part = grad[..., rows] @ values(packed[rows], scales[rows], grad.dtype)
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total, None, None
+
+
+def _register_shapes() -> None:
+    """What torch.compile needs to know: the shapes that the kernels give."""
+
+    def product(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    for name in ("bf16_row", "int8_linear", "int4_linear"):
+        torch.library.register_fake(f"llama_shards::{name}", product)
+    torch.library.register_fake(
+        "llama_shards::int4_values",
+        lambda packed, scales, like: like.new_empty(packed.shape[0], 2 * packed.shape[1]),
+    )

@@ -1,0 +1,125 @@
+"""Which tensors of a model are held in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llama.config import ModelArgs
+from llama.errors import QuantizationError
+from llama.kernels.formats import INT8, KINDS, Form
+
+NONE = "none"
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model is quantized.
+
+    Args:
+        linears: form of the attention's and the FFN's matrices.
+        output: of the output layer, and of the embedding where the two are one; None keeps it.
+        embedding: of an embedding of its own; None keeps it.
+        calibrated: whether roundings were chosen on a text (GPTQ) rather than to the nearest.
+    """
+
+    linears: Form
+    output: Form | None
+    embedding: Form | None = None
+    calibrated: bool = False
+
+    @classmethod
+    def create(
+        cls, kind: str, group_size: int = 32, output: str | None = None, embedding: str = NONE, calibrated: bool = False
+    ) -> Scheme:
+        """From what a person says.
+
+        Args:
+            kind: "int8" or "int4".
+            group_size: of int4's scales.
+            output: "int8", "int4" or "none" for the output layer; None for int8, which costs next to nothing.
+            embedding: the same for an embedding that is not the output layer.
+            calibrated: see the class.
+
+        Raises:
+            QuantizationError: for another word, named.
+        """
+
+        def form(word: str, flag: str) -> Form | None:
+            if word not in (*KINDS, NONE):
+                raise QuantizationError(f"{flag} {word!r} is not one of {', '.join((*KINDS, NONE))}")
+            return None if word == NONE else INT8 if word == "int8" else Form("int4", group_size)
+
+        if kind not in KINDS:
+            raise QuantizationError(f"--quantize {kind!r} is not one of {', '.join(KINDS)}")
+        linears = form(kind, "--quantize")
+        assert linears is not None
+        return cls(
+            linears, form(output or "int8", "--quantize_output"), form(embedding, "--quantize_embedding"), calibrated
+        )
+
+    def form(self, name: str, args: ModelArgs) -> Form | None:
+        """Of a tensor by Meta's name; None where it is held as it is."""
+        if name == OUTPUT or (name == EMBEDDING and args.tied):
+            return self.output
+        if name == EMBEDDING:
+            return self.embedding
+        return None if "norm" in name else self.linears
+
+    @property
+    def block(self) -> int:
+        """Columns of the FFN that must stay on one rank."""
+        return self.linears.block
+
+    def check(self, args: ModelArgs) -> None:
+        """Whether every row of the model falls into whole groups, wherever attention may be cut.
+
+        Raises:
+            QuantizationError: naming both numbers and what would fit.
+        """
+        self.linears.check_columns(args.ffn_dim, "the FFN (w2)")
+        self.linears.check_columns(args.n_heads * args.head_dim, "attention's output (wo)")
+        for form in (self.linears, self.output, self.embedding):
+            if form is not None:
+                form.check_columns(args.dim, "the model")
+
+    def words(self) -> str:
+        """Such as "int4 in groups of 32, output int8"."""
+        parts = [_words(self.linears), f"output {_words(self.output)}"]
+        if self.embedding is not None:
+            parts.append(f"embedding {_words(self.embedding)}")
+        return ", ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """For `params.json`, under "quantization"."""
+        return {
+            "type": self.linears.kind,
+            "group_size": max(
+                (form.group_size for form in (self.linears, self.output, self.embedding) if form), default=0
+            ),
+            "output": NONE if self.output is None else self.output.kind,
+            "embedding": NONE if self.embedding is None else self.embedding.kind,
+            "calibrated": self.calibrated,
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Scheme:
+        """What `to_json` wrote.
+
+        Raises:
+            QuantizationError: for anything else.
+        """
+        keys = {"type", "group_size", "output", "embedding", "calibrated"}
+        if not isinstance(content, Mapping) or set(content) != keys:
+            raise QuantizationError(f"params.json: quantization must be an object of {', '.join(sorted(keys))}")
+        return cls.create(
+            content["type"], content["group_size"] or 32, content["output"], content["embedding"], content["calibrated"]
+        )
+
+
+def _words(form: Form | None) -> str:
+    if form is None:
+        return "kept"
+    return form.kind if not form.group_size else f"{form.kind} in groups of {form.group_size}"
