@@ -38,9 +38,9 @@ class Opened:
     dtype: torch.dtype
     n_threads: int
 
-    def load(self, ranks: Ranks) -> Transformer:
+    def load(self, ranks: Ranks, offload_layers: int = 0) -> Transformer:
         """Read this rank's shard: see `load_model`."""
-        return load_model(self.checkpoint, self.partition, ranks, self.dtype)
+        return load_model(self.checkpoint, self.partition, ranks, self.dtype, offload_layers=offload_layers)
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""
