@@ -7,14 +7,12 @@ from pathlib import Path
 import torch
 from support import hf_model, write_meta
 
-from llama.checkpoint.load import load_model, materialise
+from llama.checkpoint.load import load_model
 from llama.checkpoint.source import open_checkpoint
-from llama.kernels.formats import quantize
 from llama.model import Transformer
-from llama.offload import Offload, offload_blocks, offload_of
+from llama.offload import Offload, offload_of
 from llama.parallel import groups
 from llama.parallel.partition import Partition
-from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import Scheme
 
 N_LAYERS, HALF = 6, 3
@@ -36,21 +34,7 @@ def loaded(
     checkpoint, ranks = open_checkpoint(folder), groups.current()
     scheme = None if kind is None else Scheme.create(kind)
     partition = Partition.create(checkpoint.args, ranks.world_size, split, None if scheme is None else scheme.block)
-    if scheme is None:
-        return load_model(checkpoint, partition, ranks, dtype, offload_layers=n_offloaded)
-    plain = load_model(checkpoint, partition, ranks, dtype)
-    model = Transformer(checkpoint.args, partition, ranks, device="meta", dtype=dtype).requires_grad_(False)
-    quantize_layers(model, scheme)
-    offload_blocks(model, n_offloaded)
-    materialise(model, ranks.device)
-    for name, layer in plain.named_modules():
-        if (weight := getattr(layer, "weight", None)) is not None:
-            held, form = model.get_submodule(name), scheme.form(f"{name}.weight", model.args)
-            for place, value in zip(
-                held.parameters(), (weight,) if form is None else quantize(weight, form), strict=True
-            ):
-                place.data.copy_(value)
-    return model.eval()
+    return load_model(checkpoint, partition, ranks, dtype, scheme, n_offloaded)
 
 
 def streaming(model: Transformer) -> Offload:
