@@ -30,7 +30,9 @@ from llama.finetuning.targets import resolve_targets
 from llama.finetuning.trainer import Trainer
 from llama.finetuning.workload import workload
 from llama.model import Transformer
+from llama.offload import check_offload, offload_of
 from llama.parallel import groups
+from llama.quantization.asked import Asked
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
@@ -88,11 +90,16 @@ def train(
     seed: int = 1,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    offload_layers: int = 0,
     tp: int | None = None,
     tensor_split: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    quantize_output: str | None = None,
+    quantize_embedding: str | None = None,
     no_plan: bool = False,
 ) -> None:
     """Fine-tune a Llama on Alpaca records, on any number of ranks; the result is an adapter that PEFT loads too.
@@ -132,22 +139,31 @@ def train(
         seed: of the start, the order of the data and dropout.
         activation_checkpointing: compute activations again instead of keeping them.
         compile: compile the parts of the blocks that it pays for.
+        offload_layers: layers streamed from main memory, and computed again in the backward; see docs/offload.md.
         tp: ranks that share one model; the others hold copies and share the batch. By default all.
         tensor_split: weights of the ranks, such as 3,1.
         dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads of each rank.
+        quantize: int8 or int4, of the frozen weights; by default what the checkpoint holds.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, of the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, of the embedding where it is not the output layer; by default none.
         no_plan: load without asking first whether the memory suffices.
     """
     started = time.perf_counter()
     with groups.phase("settings"):
         settings = _settings(locals())
+        asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
         _check_ranks(settings, tp)
+        if settings.compile and offload_layers:
+            raise UsageError("--compile and --offload_layers are given together: choose one")
         ckpt_dir, dataset = _sources(ckpt_dir, dataset)
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
-        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads)
+        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads, asked)
         _check_scaling(settings, opened)
+        check_offload(offload_layers, opened.checkpoint.args.n_layers)
         records = read_records(dataset)
         encoded = encode_records(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
@@ -164,7 +180,7 @@ def train(
             check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
-        model = opened.load(ranks)
+        model = opened.load(ranks, offload_layers)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)
     if settings.activation_checkpointing:
@@ -180,7 +196,7 @@ def train(
     if resume:
         _resume(run)
     run.run()
-    _say_result(run, started, ckpt_dir, tokenizer_path)
+    _say_result(run, started, ckpt_dir, tokenizer_path, asked)
 
 
 def _settings(flags: dict[str, Any]) -> TrainSettings:
@@ -213,6 +229,7 @@ def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict
         "data": records,
         "model": {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "vocab_size": args.vocab_size},
         "weights": _fingerprint(opened.checkpoint),
+        "quantization": None if opened.scheme is None else opened.scheme.to_json(),
     }
 
 
@@ -274,7 +291,7 @@ def _resume(run: Trainer) -> None:
     notice(f"going on from {run.folder.folder(steps[-1])}: {run.n_done} of {run.n_steps} steps are done")
 
 
-def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None) -> None:
+def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None, asked: Asked) -> None:
     """Where the adapter is, and the command to try it."""
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
@@ -283,9 +300,13 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
     words += ["--tuning_ckpt_path", str(where)]
     words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
     words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
+    words += asked.words
     n = env.world_size()
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
     if is_speaker():
+        offload = offload_of(run.model)
+        if offload is not None:
+            print(offload.words())
         print(
             f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
             f"{launcher} example_ft.py {shlex.join(words)}"
