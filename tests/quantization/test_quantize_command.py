@@ -88,7 +88,7 @@ def test_ft_main_tunes_over_integers(folder: Path, tmp_path: Path, method: str) 
         out = tmp_path / str(ranks)
         run = command(*words, "--output_dir", out, script="ft_main.py", ranks=ranks)
         assert run.code == 0, run.err
-        assert "int4 in groups of 32, output int4, " in run.err
+        assert "int4 in groups of 32, output int4 in groups of 32, " in run.err
         assert f"--tuning_ckpt_path {out} --quantize int4 --quantize_output int4" in run.out
         losses.append([json.loads(line).get("loss") for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
