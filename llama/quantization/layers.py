@@ -98,7 +98,6 @@ def _quantized(layer: Any, form: Form) -> nn.Module:
     nn.Module.__init__(quantized)
     plain = {name: value for name, value in vars(layer).items() if name not in vars(quantized)}
     vars(quantized).update(plain)
-    quantized.register_parameter("bias", None)
     quantized.form, quantized.dtype = form, dtype
     packed = torch.empty(n_rows, n_columns // form.columns_per_byte, dtype=form.dtype, device=device)
     scales = torch.empty(form.scale_shape(n_rows, n_columns), dtype=form.scale_dtype, device=device)
