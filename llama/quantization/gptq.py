@@ -54,9 +54,7 @@ class Inputs:
     drift: Tensor | None = None
 
     @classmethod
-    def create(
-        cls, hessian: Tensor, group_size: int, drift: Tensor | None = None, damping: float = DAMPING
-    ) -> Inputs:
+    def create(cls, hessian: Tensor, group_size: int, drift: Tensor | None = None, damping: float = DAMPING) -> Inputs:
         """From sums over the inputs.
 
         Args:
