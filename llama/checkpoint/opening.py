@@ -43,9 +43,9 @@ class Opened:
     n_threads: int
     scheme: Scheme | None = None
 
-    def load(self, ranks: Ranks) -> Transformer:
+    def load(self, ranks: Ranks, offload_layers: int = 0) -> Transformer:
         """Read this rank's shard: see `load_model`."""
-        return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme)
+        return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme, offload_layers)
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""

@@ -27,6 +27,7 @@ from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
+from llama.offload import check_offload, offload_of
 from llama.parallel import groups
 from llama.quantization.asked import Asked
 from llama.quantization.scheme import Scheme
@@ -136,6 +137,7 @@ class Llama:
         plan: bool | Workload = True,
         adapter: str | Path | Adapter | None = None,
         quantize: Scheme | Asked | str | None = None,
+        offload_layers: int = 0,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -160,6 +162,7 @@ class Llama:
                 here, and does not count for `max_seq_len`.
             quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
                 checkpoint holds.
+            offload_layers: layers that stay in main memory and are streamed to the device; see `llama.offload`.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -171,6 +174,7 @@ class Llama:
                 ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads, quantize
             )
             tokenizer, args = opened.tokenizer, opened.checkpoint.args
+            check_offload(offload_layers, args.n_layers)
             chat = choose_format(chat_format, tokenizer)
             adapter = settle_adapter(adapter, args)
         with groups.phase("plan"):
@@ -182,7 +186,7 @@ class Llama:
                 check_fit(args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected)
         ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
-            model = opened.load(ranks)
+            model = opened.load(ranks, offload_layers)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)
         # The ranks compute it together: only once each of them has its shard.
@@ -413,11 +417,13 @@ class Llama:
         stats = self.engine.stats
         peaks = groups.gather_objects(peak_memory(self.model.ranks.device))
         memory = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
+        offload = offload_of(self.model)
         return (
             f"prefill {stats.prefill_tokens} tokens in {stats.prefill_seconds:.2f} s "
             f"({_rate(stats.prefill_tokens, stats.prefill_seconds)}), "
             f"decode {stats.decode_tokens} tokens in {stats.decode_seconds:.2f} s "
             f"({_rate(stats.decode_tokens, stats.decode_seconds)}); peak memory per rank {memory} GB"
+            + ("" if offload is None else f"; {offload.words()}")
         )
 
 
