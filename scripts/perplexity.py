@@ -122,6 +122,7 @@ def main(
     group_size: int | None = None,
     quantize_output: str | None = None,
     quantize_embedding: str | None = None,
+    offload_layers: int = 0,
     output_json: str | None = None,
     no_plan: bool = False,
 ) -> None:
@@ -142,6 +143,7 @@ def main(
         group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
         quantize_output: int8, int4 or none, for the output layer; by default int8.
         quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
+        offload_layers: layers kept in host memory, which trades speed for a card's memory.
         output_json: write the figures to this file.
         no_plan: load without asking first whether the memory suffices.
     """
@@ -159,6 +161,7 @@ def main(
         llama = Llama.build(
             subject.ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, dtype=dtype, device=device, threads=threads,
             tensor_split=tensor_split, plan=not no_plan and work, quantize=subject.asked,
+            offload_layers=offload_layers,
         )  # fmt: skip
         scores.append(score(llama, texts))
         records.append(record(subject, scores[-1], scores[0], llama.model.norm.weight.dtype))

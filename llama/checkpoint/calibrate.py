@@ -16,6 +16,7 @@ from llama.checkpoint.load import settle_tie
 from llama.checkpoint.quantize import Quantized
 from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint
+from llama.console import notice
 from llama.errors import QuantizationError
 from llama.kernels.formats import Form, dequantize
 from llama.model import Transformer, TransformerBlock
@@ -77,6 +78,9 @@ def calibrated(
     if not scheme.group_size:
         raise QuantizationError("calibration chooses the roundings of int4, and nothing is int4: leave it out")
     scheme.check(checkpoint.args)
+    widest = max(checkpoint.args.ffn_dim, checkpoint.args.dim)
+    if sequences.numel() < min(widest, MOST):
+        notice(f"{sequences.numel()} tokens for rows of {widest} weights: a longer text would calibrate better")
     return _Run(checkpoint, scheme, torch.device(device)).matrices(sequences)
 
 

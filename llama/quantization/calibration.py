@@ -44,8 +44,7 @@ def inputs_of(x: Tensor, original: Tensor, group_size: int) -> Inputs:
         QuantizationError: when they are not finite.
     """
     x, original = x.flatten(0, -2).to(torch.float32), original.flatten(0, -2).to(torch.float32)
-    # One after the other: a matrix of [K, K] is the largest thing here.
-    return Inputs.create(x.T @ x, group_size, (original - x).T @ x)
+    return Inputs.create(x.T @ x, group_size, (original - x).T @ x, len(x))
 
 
 def calibrated_matrix(rows: Tensor, form: Form, inputs: Inputs | None) -> Packed:

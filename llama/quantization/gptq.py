@@ -45,22 +45,31 @@ class Inputs:
         order: column of the matrix that is rounded first, second and so on, [K] int64.
         factor: U, upper triangular with `U^T U` the inverse of the damped Hessian in that order, [K, K] float64. Row i
             says how the columns after i make up for an error in column i.
-        drift: sum of `(x0 - x) x^T` in that order, [K, K]; None where inputs are taken to be those of the original.
+        shift: P by which `W + W P` makes of the drifted inputs what W made of the original's, as nearly as may be, in that
+            order, [K, K] float64; None where the inputs are the original's.
     """
 
     group_size: int
     order: Tensor
     factor: Tensor
-    drift: Tensor | None = None
+    shift: Tensor | None = None
 
     @classmethod
-    def create(cls, hessian: Tensor, group_size: int, drift: Tensor | None = None, damping: float = DAMPING) -> Inputs:
+    def create(
+        cls,
+        hessian: Tensor,
+        group_size: int,
+        drift: Tensor | None = None,
+        n_inputs: int = 1,
+        damping: float = DAMPING,
+    ) -> Inputs:
         """From sums over the inputs.
 
         Args:
             hessian: sum of `x x^T` over the inputs x of the quantized model, [K, K] float32 or float64.
             group_size: columns that share a scale.
             drift: sum of `(x0 - x) x^T`, x0 the original model's input in the same place, [K, K].
+            n_inputs: how many were summed up; where there is drift.
             damping: part of the Hessian's mean diagonal that is added to its diagonal.
 
         Raises:
@@ -69,8 +78,13 @@ class Inputs:
         if not hessian.isfinite().all() or not (drift is None or drift.isfinite().all()):
             raise QuantizationError("the calibration text makes activations that are not finite: use another text")
         order = column_order(hessian.diagonal(), group_size)
-        factor = inverse_factor(hessian[order][:, order], damping)
-        return cls(group_size, order, factor, None if drift is None else drift[order][:, order])
+        hessian = hessian[order][:, order]
+        shift = None
+        if drift is not None:
+            # A regression of K numbers on as many inputs as there are: with few of them it must not believe them.
+            lower = torch.linalg.cholesky(damped(hessian, max(damping, len(hessian) / n_inputs)))
+            shift = torch.cholesky_solve(drift[order][:, order].T.to(torch.float64), lower).T
+        return cls(group_size, order, inverse_factor(hessian, damping), shift)
 
 
 def column_order(importance: Tensor, group_size: int) -> Tensor:
@@ -81,19 +95,23 @@ def column_order(importance: Tensor, group_size: int) -> Tensor:
     return (first.unsqueeze(1) * group_size + within[first]).flatten()
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian with a part of its mean diagonal added to its diagonal: [K, K] to [K, K] float64."""
+    sums = hessian.to(torch.float64, copy=True)
+    diagonal = sums.diagonal()
+    diagonal.add_(damping * diagonal.mean())
+    diagonal[diagonal == 0] = 1.0
+    return sums
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """U, upper triangular with `U^T U` the inverse of the damped Hessian: [K, K] to [K, K] float64.
 
     A dead column, whose input is always zero, is tied to no other: it is rounded to the nearest, for another
     text may use it.
     """
-    damped = hessian.to(torch.float64, copy=True)
-    diagonal = damped.diagonal()
-    diagonal.add_(damping * diagonal.mean())
-    diagonal[diagonal == 0] = 1.0
-    lower = torch.linalg.cholesky(damped)
-    torch.cholesky_inverse(lower, out=damped)
-    return torch.linalg.cholesky(damped, upper=True)
+    lower = torch.linalg.cholesky(damped(hessian, damping))
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower, out=lower), upper=True)
 
 
 def gptq(
@@ -121,9 +139,8 @@ class _Rows:
     def __init__(self, rows: Tensor, inputs: Inputs) -> None:
         self.rows = rows.to(torch.float64)[:, inputs.order]
         self.factor, self.group_size = inputs.factor, inputs.group_size
-        if inputs.drift is not None:
-            missed = self.rows @ inputs.drift.to(torch.float64)
-            self.rows += missed @ self.factor.T @ self.factor
+        if inputs.shift is not None:
+            self.rows = self.rows + self.rows @ inputs.shift
 
     def rounded(self, factors: Sequence[float], block: int) -> tuple[Tensor, Tensor]:
         """Numbers from 0 to 15, [N, K] uint8, and scales, [N, K / G] bfloat16."""
