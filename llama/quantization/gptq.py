@@ -45,8 +45,8 @@ class Inputs:
         order: column of the matrix that is rounded first, second and so on, [K] int64.
         factor: U, upper triangular with `U^T U` the inverse of the damped Hessian in that order, [K, K] float64. Row i
             says how the columns after i make up for an error in column i.
-        shift: P by which `W + W P` makes of the drifted inputs what W made of the original's, as nearly as may be, in that
-            order, [K, K] float64; None where the inputs are the original's.
+        shift: P by which `W + W P` makes of the drifted inputs what W made of the original's, as nearly as may be, in
+            that order, [K, K] float64; None where the inputs are the original's.
     """
 
     group_size: int
