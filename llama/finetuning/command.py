@@ -180,6 +180,8 @@ def train(
             check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
+        if opened.scheme is not None:
+            opened.prepare_kernels()  # integers are widened by them
         model = opened.load(ranks, offload_layers)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from llama.cache import CacheView, KVCache
 from llama.console import notice
-from llama.errors import LlamaError
+from llama.errors import UsageError
 from llama.kernels.build import compiler
 from llama.model import Transformer
 
@@ -32,14 +32,19 @@ SAVED_PER_LAYER = {"cpu": 0.0004, "cuda": 0.0004}
 ENTRY_STEP = 256
 
 
-def check_mode(compile: str) -> None:
-    """Whether it is one of `MODES`.
+def settle_mode(compile: str, offload_layers: int = 0) -> Compile:
+    """What is asked for, where it can be: layers that are streamed to the card are no part of a graph.
 
     Raises:
-        LlamaError: naming it.
+        UsageError: for another word, or for "on" with offloaded layers.
     """
     if compile not in MODES:
-        raise LlamaError(f"compile {compile!r} is not one of {', '.join(MODES)}")
+        raise UsageError(f"compile {compile!r} is not one of {', '.join(MODES)}")
+    if not offload_layers:
+        return cast(Compile, compile)
+    if compile == "on":
+        raise UsageError("--compile on and --offload_layers are given together: leave one out")
+    return "off"
 
 
 def cannot_compile(device: torch.device) -> str | None:
@@ -65,8 +70,7 @@ class Steps:
     """
 
     def __init__(self, model: Transformer, mode: Compile = "off") -> None:
-        check_mode(mode)
-        self.model, self.mode = model, mode
+        self.model, self.mode = model, settle_mode(mode)
         self.n_announced = 0
         self._decode: Callable[..., Tensor] = self._decode_step
         self._fill: Callable[..., Tensor] = self._fill_step

@@ -186,6 +186,20 @@ def test_an_output_that_was_set_apart_stays_apart(tmp_path: Path, scheme: Scheme
     assert same(joined([own_parts(folder, None)]), joined([own_parts(source, scheme)]))
 
 
+@pytest.mark.usefixtures("llama_3_2")
+def test_scales_tell_copies_apart_too(tmp_path: Path) -> None:
+    for name, scheme in {"int4": EVERYTHING, "int8": INT8}.items():
+        folder = write(write_meta(tmp_path / name / "m", wide_model("3.2")), "q", scheme)
+        state = torch.load(folder / "consolidated.00.pth", weights_only=True)
+        state["output.scales"][-1] *= 2
+        torch.save(state, folder / "consolidated.00.pth")
+    held = shard(tmp_path / "int4" / "q")
+    assert torch.equal(held.output.scales[-1], held.tok_embeddings.scales[-1] * 2)
+    # An embedding of its own would not have been quantized.
+    with pytest.raises(CheckpointError, match=r"tok_embeddings\.weight is held as the output layer's own integers"):
+        shard(tmp_path / "int8" / "q")
+
+
 def test_a_tie_that_params_cannot_say_gives_the_same_values(tmp_path: Path) -> None:
     """Of sizes that are not Llama 3.2's, the embedding is stored as the output is."""
     source = write_hf(tmp_path / "m", wide_model("3.2"))
