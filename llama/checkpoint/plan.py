@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.activations import Kernels, Workload, activation_bytes
+from llama.checkpoint.activations import Workload, activation_bytes
 from llama.checkpoint.memory import Memory, Pool
 from llama.checkpoint.training import Training, training_bytes
+from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
 from llama.errors import PartitionError
 from llama.parallel.partition import Partition

@@ -15,7 +15,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llama.checkpoint.activations import FLOAT, INDEX, Kernels, Workload
+from llama.checkpoint.activations import INDEX, Workload
+from llama.checkpoint.widening import FLOAT, Kernels
 from llama.lengths import round_up
 from llama.parallel.partition import Partition
 from llama.parallel.vocab import LOGIT_FLOATS

@@ -16,11 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama import Llama
 from llama.checkpoint import check, memory
-from llama.checkpoint.activations import Kernels, Workload, activation_bytes
+from llama.checkpoint.activations import Workload, activation_bytes
 from llama.checkpoint.load import load_model
 from llama.checkpoint.memory import Memory, cgroup_rooms, given_memory, joined_memory, parse_bytes
 from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
 from llama.errors import LlamaError
 from llama.generation.adapted import prefix_of

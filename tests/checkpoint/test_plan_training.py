@@ -18,11 +18,11 @@ import torch
 from counting import frozen_shard, peak_bytes
 
 from llama.checkpoint import memory
-from llama.checkpoint.activations import Kernels
 from llama.checkpoint.check import check_fit
 from llama.checkpoint.memory import given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.training import TRAINED_FLOATS, Training, training_bytes
+from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
 from llama.data.examples import Example
 from llama.errors import LlamaError, UsageError
