@@ -12,10 +12,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from llama.checkpoint.load import materialise
+from llama.checkpoint.opening import cut_model
 from llama.config import ModelArgs
 from llama.model import Transformer
+from llama.offload import offload_blocks
 from llama.parallel import groups
-from llama.parallel.partition import Partition
+from llama.quantization.layers import quantize_layers
+from llama.quantization.scheme import Scheme
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -30,12 +34,25 @@ def peak_bytes(function: Callable[[], Any]) -> int:
     return peak
 
 
-def frozen_shard(args: ModelArgs, dtype: torch.dtype) -> Transformer:
+def frozen_shard(
+    args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = None, n_offloaded: int = 0
+) -> Transformer:
     """This rank's shard of a frozen model with random weights."""
     ranks = groups.current()
-    model = Transformer(args, Partition.create(args, ranks.world_size), ranks, dtype=dtype).requires_grad_(False)
+    partition = cut_model(args, scheme, ranks.world_size)
+    model = Transformer(args, partition, ranks, device="meta", dtype=dtype).requires_grad_(False)
+    if scheme is not None:
+        quantize_layers(model, scheme)
+    offload_blocks(model, n_offloaded)
+    materialise(model, ranks.device)
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
+    for name, parameter in model.named_parameters():
+        if name.endswith("scales"):
+            parameter.fill_(0.02 / 127 if parameter.dim() == 1 else 0.02 / 7)
+        elif not parameter.is_floating_point():
+            parameter.random_()
+        elif parameter.dim() > 1:
             parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(1.0)
     return model
