@@ -254,11 +254,13 @@ class _Step:
         # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
         logits = rows * self.vocab * (FLOAT + self.itemsize * self.narrow) + supervised
         logits += self._product(self.vocab, self.dim, rows, self.output_form)
+        output = Product(self.output_form, self.vocab, self.dim, self.kernels)
+        logits = max(logits, rows * self.vocab * self.itemsize + output.forward(rows, kept=True))
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, self._norm_backward())
 
     def _product(self, n_rows: int, n_columns: int, n_tokens: int, form: Form | None) -> int:
-        """What a product takes for itself, forward or backward, where its input's gradient is counted already."""
+        """What the backward of a product takes for itself, its input's gradient counted already."""
         product = Product(form, n_rows, n_columns, self.kernels)
         return product.backward(n_tokens) + self._laid_out(product.piece if form else n_rows * n_columns)
 
@@ -273,11 +275,14 @@ class _Step:
     def _within_a_block(self) -> int:
         """The last block's backward beyond what a whole block keeps, next to the gradient that passes it by."""
         freed = 3 * self.width
-        # What SwiGLU's product gets and gives; w2's, before it; its forward, where a block is computed again.
+        # What SwiGLU's product gets and gives; w2's, before it; its forward, of the last block or one computed again.
         down = self.width + self._product(self.dim, self.ffn, self.n_tokens, self.form)
+        product = Product(self.form, self.dim, self.ffn, self.kernels)
+        # Both norms' outputs wait in their frames.
+        forward = 2 * self.stream + self.width + product.forward(self.n_tokens, kept=True)
         # Of w1 and w3 both gradients are there; what SwiGLU kept is not any more.
         up = self.stream + self._product(self.ffn, self.dim, self.n_tokens, self.form) - self.width
-        feed_forward = max(3 * self.width, down, self.stream + self.width, up)
+        feed_forward = max(3 * self.width, down, forward, up)
         norm = self._norm_backward() - freed
         freed += self._norm()
         rows = max(self.q, self.kv)
