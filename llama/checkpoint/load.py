@@ -13,6 +13,7 @@ from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint, shares_output
 from llama.config import ModelArgs
 from llama.console import is_speaker
+from llama.kernels.pages import prefer_huge_pages
 from llama.model import Transformer
 from llama.offload import offload_blocks
 from llama.parallel.groups import Ranks
@@ -101,7 +102,9 @@ def materialise(model: Transformer, device: torch.device | str) -> None:
             if not parameter.is_meta:
                 continue
             if parameter not in placed:
-                placed[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                memory = torch.empty_like(parameter, device=device)
+                prefer_huge_pages(memory)
+                placed[parameter] = nn.Parameter(memory, requires_grad=False)
             setattr(module, name, placed[parameter])
     model.rope_frequencies = rope_frequencies(model.args, device)
 

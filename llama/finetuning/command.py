@@ -183,6 +183,8 @@ def train(
             )  # fmt: skip
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
+        if opened.scheme is not None:
+            opened.prepare_kernels()  # integers are widened by them
         model = opened.load(ranks, offload_layers)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)

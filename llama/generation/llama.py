@@ -25,6 +25,7 @@ from llama.finetuning.lora import load_lora
 from llama.generation.adapted import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
 from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
+from llama.generation.steps import Compile, settle_mode
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
 from llama.offload import check_offload, offload_of
@@ -102,6 +103,7 @@ class Llama:
         seed: of the sampling noise, unless a call brings its own.
         chat: how dialogs become tokens; None for the format that the tokenizer shows.
         prefix: what stands before every prompt; see `Engine`. It does not count for `max_seq_len`.
+        compile: see `Engine`.
     """
 
     def __init__(
@@ -114,11 +116,12 @@ class Llama:
         seed: int = 1,
         chat: ChatFormat | None = None,
         prefix: KVCache | None = None,
+        compile: Compile = "off",
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
         self.format = choose_format("auto", tokenizer) if chat is None else chat
-        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix)
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix, compile)
 
     @classmethod
     def build(
@@ -138,6 +141,7 @@ class Llama:
         adapter: str | Path | Adapter | None = None,
         quantize: Scheme | Asked | str | None = None,
         offload_layers: int = 0,
+        compile: str = "auto",
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -163,6 +167,8 @@ class Llama:
             quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
                 checkpoint holds.
             offload_layers: layers that stay in main memory and are streamed to the device; see `llama.offload`.
+            compile: "on", "off", or "auto" for where it pays; see `llama.generation.steps.Steps`. "off" does without
+                the kernels of `llama.kernels` too.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -175,6 +181,7 @@ class Llama:
             )
             tokenizer, args = opened.tokenizer, opened.checkpoint.args
             check_offload(offload_layers, args.n_layers)
+            mode = settle_mode(compile, offload_layers)
             chat = choose_format(chat_format, tokenizer)
             adapter = settle_adapter(adapter, args)
         with groups.phase("plan"):
@@ -189,6 +196,8 @@ class Llama:
                 )  # fmt: skip
         ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
+            if mode != "off":
+                opened.prepare_kernels()
             model = opened.load(ranks, offload_layers)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)
@@ -196,7 +205,7 @@ class Llama:
         prefix = prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
         llama = cls(
             model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-            chat=chat, prefix=prefix,
+            chat=chat, prefix=prefix, compile=mode,
         )  # fmt: skip
         notice(opened.describe(time.perf_counter() - started) + describe_adapter(adapter))
         return llama
