@@ -21,7 +21,7 @@ import torch
 from llama.checkpoint.activations import Workload, activation_bytes
 from llama.checkpoint.layout import specs
 from llama.checkpoint.memory import Memory, Pool
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.opening import cut_model, kernels_pay
 from llama.checkpoint.training import Training, training_bytes
 from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
@@ -141,16 +141,18 @@ class Planner:
         pools = self.memory.pools(setting.n_ranks)
         if self.host is not None and setting.offload_layers:
             pools += [dataclasses.replace(pool, is_host=True) for pool in self.host.pools(setting.n_ranks)]
-        kernels, on_card = self._kernels(setting), self.device == "cuda"
+        kernels, on_card = self._kernels(setting, partition), self.device == "cuda"
         ranks = (RankPlan(rank, _items(partition, rank, setting, kernels, on_card)) for rank in range(setting.n_ranks))
         return Plan(setting, tuple(ranks), tuple(pools))
 
-    def _kernels(self, setting: Setting) -> Kernels:
+    def _kernels(self, setting: Setting, partition: Partition) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
         # Cards have fused kernels of their own for grouped heads in 16 bit only.
         grouped = self.args.group_size > 1 and self.device != "cpu"
         fused = not (grouped and setting.dtype.itemsize >= 4)
-        return Kernels(setting.dtype.itemsize, threads, fused, native=self.device == "cpu" and can_build())
+        itemsize = setting.dtype.itemsize
+        native = threads and not setting.offload_layers and kernels_pay(partition, itemsize) and can_build()
+        return Kernels(itemsize, threads, fused, bool(native))
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""

@@ -278,8 +278,9 @@ class _Step:
         # What SwiGLU's product gets and gives; w2's, before it; its forward, of the last block or one computed again.
         down = self.width + self._product(self.dim, self.ffn, self.n_tokens, self.form)
         product = Product(self.form, self.dim, self.ffn, self.kernels)
-        # Both norms' outputs wait in their frames.
-        forward = 2 * self.stream + self.width + product.forward(self.n_tokens, kept=True)
+        # Both norms' outputs wait in their frames; a gradient waits only for what is computed again.
+        waiting = 3 if self.n_layers - 1 in self.again else 2
+        forward = waiting * self.stream + self.width + product.forward(self.n_tokens, kept=True)
         # Of w1 and w3 both gradients are there; what SwiGLU kept is not any more.
         up = self.stream + self._product(self.ffn, self.dim, self.n_tokens, self.form) - self.width
         feed_forward = max(3 * self.width, down, forward, up)
