@@ -151,7 +151,9 @@ class Planner:
         grouped = self.args.group_size > 1 and self.device != "cpu"
         fused = not (grouped and setting.dtype.itemsize >= 4)
         itemsize = setting.dtype.itemsize
-        native = threads and not setting.offload_layers and kernels_pay(partition, itemsize) and can_build()
+        # Generation with offloaded layers does without; see `llama.generation.steps.settle_mode`.
+        wanted = isinstance(setting.work, Training) or not setting.offload_layers
+        native = threads and wanted and kernels_pay(partition, itemsize) and can_build()
         return Kernels(itemsize, threads, fused, bool(native))
 
     def advise(self, setting: Setting) -> list[Setting]:

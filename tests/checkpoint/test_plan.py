@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -11,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import frozen_shard, peak_bytes
+from counting import GEOMETRIES, counted
 from support import hf_model, sentencepiece_model, write_meta
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama import Llama
-from llama.checkpoint import check, memory, widening
+from llama.checkpoint import check, memory
 from llama.checkpoint.activations import Workload, activation_bytes
 from llama.checkpoint.load import load_model
 from llama.checkpoint.memory import Memory, cgroup_rooms, given_memory, joined_memory, parse_bytes
@@ -24,48 +23,15 @@ from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
-from llama.errors import LlamaError, UsageError
-from llama.generation.adapted import prefix_of
-from llama.generation.engine import Engine, Request
+from llama.errors import LlamaError
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import Settings, Tasks, expected_work
 from llama.geometries import geometry
-from llama.kernels import products
-from llama.model import Transformer
-from llama.offload import offload_blocks, offload_of
 from llama.parallel import groups
 from llama.parallel.partition import Partition
-from llama.quantization.layers import quantize_layers
-from llama.quantization.scheme import Scheme
 
 # The issue's bars: activations within 15 %, weights and cache within 1 % (they are exact).
 ACTIVATIONS = 0.15
-GEOMETRIES = {
-    "groups": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=2048, ffn_dim=704),
-    "no groups": ModelArgs(dim=512, n_layers=2, n_heads=8, vocab_size=2048, ffn_dim=512),
-    "wide FFN": ModelArgs(dim=256, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=1024, ffn_dim=2048),
-    "tiny": ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=320, ffn_dim=176),
-}
-
-
-def counted(
-    args: ModelArgs,
-    work: Workload,
-    dtype: torch.dtype,
-    sampling: Sampling,
-    scheme: Scheme | None = None,
-    n_offloaded: int = 0,
-) -> tuple[int, int]:
-    """Activations of this rank: counted while the engine runs, and planned."""
-    model = frozen_shard(args, dtype, scheme, n_offloaded)
-    ranks, partition = model.ranks, model.partition
-    prefix = prefix_of(model, torch.zeros(work.prefix, args.dim)) if work.prefix else None
-    prompt = [1] * (work.length - 1)
-    requests = [Request(index, prompt, 1, sampling) for index in range(work.n_prompts)]
-    peak = peak_bytes(lambda: list(Engine(model, args.vocab_size, prefix).run(requests, work.n_prompts)))
-    kernels = Kernels(dtype.itemsize, torch.get_num_threads(), native=products._loaded)
-    held = model.new_cache(work.n_prompts, work.prefix + work.length).nbytes
-    return peak - held, activation_bytes(partition, ranks.rank, work, kernels, scheme)
 
 
 # A full pass, a pass of few tokens, a batch of several passes, a prompt of several passes.
@@ -107,53 +73,6 @@ def test_at_every_world_size(on_ranks: Callable[..., list], world_size: int, dty
         assert planned == pytest.approx(real, rel=ACTIVATIONS)
 
 
-GREEDY = Sampling(temperature=0)
-
-
-@pytest.fixture(params=[False, True], ids=["torch", "our kernels"])
-def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether integers are multiplied and widened by our own kernels, where they can be built."""
-    if request.param and not products.enable():
-        pytest.skip("the kernels cannot be built here")
-    monkeypatch.setattr(products, "_loaded", request.param)
-    return request.param
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("work", [Workload(4, 256), Workload(1, 12), Workload(16, 512)], ids=str)
-def test_of_integers(native: bool, kind: str, dtype: torch.dtype, work: Workload) -> None:
-    for name in ("groups", "wide FFN"):
-        real, planned = counted(GEOMETRIES[name], work, dtype, GREEDY, Scheme.create(kind, output=kind))
-        assert planned == pytest.approx(real, rel=ACTIVATIONS)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-def test_of_integers_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    # As matrices of billions of numbers are.
-    for module in (products, widening):
-        monkeypatch.setattr(module, "PIECE", 50_000)
-    for dtype in (torch.float32, torch.bfloat16):
-        real, planned = counted(GEOMETRIES["wide FFN"], Workload(4, 256), dtype, GREEDY, Scheme.create(kind))
-        assert planned == pytest.approx(real, rel=ACTIVATIONS)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_of_integers_on_two_ranks(on_ranks: Callable[..., list], kind: str, dtype: torch.dtype) -> None:
-    scheme = Scheme.create(kind)
-    runs = [on_ranks(2, counted, GEOMETRIES["groups"], Workload(4, 512), dtype, GREEDY, scheme) for _ in range(3)]
-    for rank in range(2):
-        real, planned = min(run[rank] for run in runs)
-        assert planned == pytest.approx(real, rel=ACTIVATIONS)
-
-
-def test_streaming_layers_takes_no_activations() -> None:
-    args = dataclasses.replace(GEOMETRIES["groups"], n_layers=4)
-    real, planned = counted(args, Workload(4, 256), torch.float32, GREEDY, None, 4)
-    assert planned == pytest.approx(real, rel=ACTIVATIONS)
-
-
 def test_the_sampler_counts_where_the_vocabulary_is_all_there_is() -> None:
     # Many short prompts and a large vocabulary; top_k keeps the candidates few, as a trained model's nucleus does.
     args = ModelArgs(dim=64, n_layers=1, n_heads=2, vocab_size=32000, ffn_dim=64)
@@ -173,37 +92,6 @@ def test_attention_without_a_fused_kernel(work: Workload) -> None:
 
 def planner(sizes: str, n_ranks: int, args: ModelArgs | None = None) -> Planner:
     return Planner(args or geometry("llama-2-7b"), "cuda", given_memory(sizes, n_ranks))
-
-
-INT4 = Scheme.create("int4", output="none", embedding="int8")
-
-
-@pytest.mark.parametrize("scheme", [Scheme.create("int8"), Scheme.create("int4"), INT4], ids=Scheme.words)
-@pytest.mark.parametrize("n_offloaded", [0, 1, 3])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_of_integers_and_offloaded_layers(scheme: Scheme, n_offloaded: int, device: str, tied: bool) -> None:
-    args = dataclasses.replace(GEOMETRIES["groups"], n_layers=4, tied=tied)
-    if tied:
-        scheme = dataclasses.replace(scheme, embedding=None)
-    setting = Setting(2, Workload(2, 32), torch.bfloat16, None, scheme, n_offloaded)
-    plan = Planner(args, device, given_memory("1GB", 2)).plan(setting)
-    for rank in range(2):
-        partition = Partition.create(args, 2, None, scheme.block)
-        model = Transformer(args, partition, groups.Ranks(rank, 2), device="meta", dtype=torch.bfloat16)
-        quantize_layers(model.requires_grad_(False), scheme)
-        offload_blocks(model, n_offloaded)
-        items = {item.name: item for item in plan.ranks[rank].items}
-        held = sum(parameter.nbytes for parameter in model.parameters())
-        if n_offloaded:
-            offload = offload_of(model)
-            assert offload is not None
-            assert items["buffers"].nbytes == offload.buffer_bytes
-            if device == "cuda":
-                assert items["offloaded"].nbytes == offload.host_bytes
-                held -= offload.host_bytes
-        assert items["weights"].nbytes == held
-        assert plan.ranks[rank].total(in_host=True) == (offload.host_bytes if n_offloaded and device == "cuda" else 0)
 
 
 @pytest.mark.parametrize(("world_size", "split"), [(1, None), (2, "3,1"), (3, None)])
@@ -282,57 +170,6 @@ def test_more_ranks_do_not_help_where_they_share_the_memory() -> None:
     wanted = Setting(2, Workload(1, 512), torch.float16)
     assert ours.advise(wanted) == []
     assert "lacks" in table(ours.plan(wanted))
-
-
-def test_fewer_bits_and_layers_elsewhere_are_proposed() -> None:
-    ours, wanted = planner("8GB", 1), Setting(1, Workload(1, 512), torch.float16)
-    by_way = {change(setting, wanted): setting for setting in ours.advise(wanted)}
-    assert {"--quantize int8", "--quantize int4"} <= by_way.keys()
-    assert command(by_way["--quantize int4"], "DIR") == (
-        "python example.py --ckpt_dir DIR --max_seq_len 512 --max_batch_size 1 --quantize int4"
-    )
-    [offloaded] = [setting for setting in by_way.values() if setting.offload_layers]
-    assert f"--offload_layers {offloaded.offload_layers} " in command(offloaded, "DIR", "fp16") + " "
-    one_less = dataclasses.replace(offloaded, offload_layers=offloaded.offload_layers - 1)
-    assert not ours.plan(one_less).fits()
-    # Integers are asked for already: fewer bits are left, and no more where there are none.
-    for kind, others in (("int8", {"--quantize int4"}), ("int4", set())):
-        asked = dataclasses.replace(wanted, scheme=Scheme.create(kind), work=Workload(32, 512))
-        ways = {change(setting, asked) for setting in planner("8GB", 1).advise(asked)}
-        assert {way for way in ways if "--quantize" in way} <= others
-    # On a CPU there is nowhere to move layers.
-    here = Planner(geometry("llama-2-7b"), "cpu", Memory(("this machine",), (8 * 10**9,)))
-    assert not any(setting.offload_layers for setting in here.advise(wanted))
-
-
-def test_a_quantized_checkpoint_is_planned_as_it_is() -> None:
-    held = Scheme.create("int4", 64)
-    ours = dataclasses.replace(planner("4GB", 1), stored=held)
-    wanted = Setting(1, Workload(32, 512), torch.float16, None, held)
-    advised = ours.advise(wanted)
-    assert advised
-    for setting in advised:
-        assert setting.scheme == held
-        assert "--quantize" not in command(setting, "DIR", stored=held)
-    assert "--quantize int4 --group_size 64" in command(wanted, "DIR")
-
-
-def test_main_memory_may_be_too_little_for_layers() -> None:
-    host = Memory(("this machine",), (4 * 10**9,))
-    ours = dataclasses.replace(planner("8GB,8GB", 2), host=host)
-    wanted = Setting(2, Workload(32, 512), torch.float16, None, None, 30)
-    plan = ours.plan(wanted)
-    assert plan.worst().is_host
-    assert plan.excess(plan.worst()) == plan.ranks[0].total(in_host=True) * 2 - 4 * 10**9
-    assert "of main memory" in table(plan)
-    assert planner("8GB,8GB", 2).plan(wanted).fits()
-    assert all(ours.plan(setting).fits() for setting in ours.advise(wanted))
-
-
-@pytest.mark.parametrize("n_layers", [-1, 33])
-def test_layers_that_are_not_there(n_layers: int) -> None:
-    with pytest.raises(UsageError, match=f"--offload_layers {n_layers}: the model has 32 layers"):
-        planner("8GB", 1).plan(Setting(1, Workload(1, 512), torch.float16, None, None, n_layers))
 
 
 # -- memory ----------------------------------------------------------------------------------------

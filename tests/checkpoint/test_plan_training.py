@@ -184,6 +184,14 @@ def test_over_integers(work: Training, kind: str, dtype: torch.dtype) -> None:
         assert_planned([counted(GEOMETRIES[name], work, dtype, 0, scheme) for _ in range(3)])
 
 
+def test_over_integers_that_our_kernels_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products.enable():
+        pytest.skip("the kernels cannot be built here")
+    monkeypatch.setattr(products, "_loaded", True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_planned([counted(GEOMETRIES["wide FFN"], PROMPT, dtype, 0, Scheme.create("int4")) for _ in range(3)])
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_over_integers_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     for module in (products, widening):
