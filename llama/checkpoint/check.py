@@ -11,7 +11,8 @@ import torch
 from llama import env
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, joined_memory, machine_memory, own_pool
-from llama.checkpoint.plan import LASTING, Plan, Planner, Setting, change, show_bytes
+from llama.checkpoint.needs import LASTING, Plan
+from llama.checkpoint.plan import Planner, Setting, change, show_bytes
 from llama.checkpoint.training import Training
 from llama.config import ModelArgs
 from llama.console import is_speaker, notice
