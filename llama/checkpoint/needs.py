@@ -1,6 +1,7 @@
 """What a run needs on every rank, item by item, and whether it is there.
 
-Weights, cache and what is trained are exact; activations are those of `llama.checkpoint.activations` and
+A `Plan` is made of `Item`s a rank, so that what training, quantization or offload add or change is another item
+or another size. Weights, cache and what is trained are exact; activations are those of `llama.checkpoint.activations` and
 `llama.checkpoint.training`.
 """
 
@@ -94,6 +95,14 @@ class Plan:
 def needed_items(
     partition: Partition, rank: int, setting: Setting, kernels: Kernels, on_card: bool
 ) -> tuple[Item, ...]:
+    """All that `rank` needs.
+
+    Args:
+        partition, rank: what it holds.
+        setting: what is run, and how.
+        kernels: of the device.
+        on_card: whether that has memory of its own, so that offloaded layers lie elsewhere.
+    """
     args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
     weights = _weight_items(partition, rank, setting, on_card)
     if isinstance(work, Training):

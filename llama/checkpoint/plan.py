@@ -1,8 +1,6 @@
 """Whether a model fits before anything is loaded: what each rank needs, what is there, and what would fit.
 
-A `Plan` is made of `Item`s a rank, so that what training, quantization or offload add or change is another
-item or another size. Weights, cache and what is trained are exact; activations are those of
-`llama.checkpoint.activations` and `llama.checkpoint.training`.
+What is needed is added up in `llama.checkpoint.needs`.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHORTEST = 16
 # Memories that differ by less than this are alike: cards of one make are never equal to the byte.
 ALIKE = 0.05
-
 
 # A setting that fits, made from one that may not; None when there is none.
 Settle = Callable[[Setting], Setting | None]
@@ -74,10 +71,8 @@ class Planner:
         if self.host is not None and setting.offload_layers:
             pools += [dataclasses.replace(pool, is_host=True) for pool in self.host.pools(setting.n_ranks)]
         kernels, on_card = self._kernels(setting, partition), self.device == "cuda"
-        ranks = (
-            RankPlan(rank, needed_items(partition, rank, setting, kernels, on_card)) for rank in range(setting.n_ranks)
-        )
-        return Plan(setting, tuple(ranks), tuple(pools))
+        items = (needed_items(partition, rank, setting, kernels, on_card) for rank in range(setting.n_ranks))
+        return Plan(setting, tuple(RankPlan(rank, needed) for rank, needed in enumerate(items)), tuple(pools))
 
     def _kernels(self, setting: Setting, partition: Partition) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
