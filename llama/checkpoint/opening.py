@@ -13,7 +13,7 @@ from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.config import ModelArgs
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, set_threads
-from llama.errors import LlamaError, QuantizationError, TokenizerError
+from llama.errors import LlamaError, TokenizerError
 from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
@@ -96,6 +96,8 @@ def open_model(
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
     scheme = settle(quantize, checkpoint.scheme, shown(checkpoint.path))
+    if scheme is not None and checkpoint.args.tied and scheme.embedding not in (None, scheme.output):
+        notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(checkpoint.args, scheme, groups.model_size(model_parallel_size), tensor_split)
     chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, checkpoint.args.n_unique_params)
     return Opened(checkpoint, tokenizer, partition, chosen_device, chosen_dtype, n_threads, scheme)
@@ -113,10 +115,6 @@ def cut_model(
     if scheme is None:
         return Partition.create(args, n_ranks, tensor_split)
     scheme.check(args)
-    if args.tied and scheme.embedding not in (None, scheme.output):
-        raise QuantizationError(
-            "this model's embedding is its output layer: it follows --quantize_output, leave --quantize_embedding out"
-        )
     partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
     check_cuts(args, scheme, partition)
     return partition
