@@ -1,8 +1,8 @@
 """What a run needs on every rank, item by item, and whether it is there.
 
 A `Plan` is made of `Item`s a rank, so that what training, quantization or offload add or change is another item
-or another size. Weights, cache and what is trained are exact; activations are those of `llama.checkpoint.activations` and
-`llama.checkpoint.training`.
+or another size. Weights, cache and what is trained are exact; activations are those of
+`llama.checkpoint.activations` and `llama.checkpoint.training`.
 """
 
 from __future__ import annotations
