@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from peers import PEERS, Running, Setup, Timing
 from report import Report, equal_tokens, machine, now, peer_report, ratios, table, write_json
-from weights import random_rows, write_hf
+from weights import Weights, model_args, prepared_weights
 
 from llama import env
 from llama.checkpoint.hf_weights import checkpoint_rows
@@ -38,14 +38,6 @@ from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
 from llama.geometries import geometry as published_geometry
 from llama.parallel.partition import Partition
-
-# The bundled model's, for trying the benchmark itself.
-TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
-# For fine-tuning on a CPU: GPT-2's width and depth, 109.5 M parameters.
-SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
-UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -82,73 +74,6 @@ class Workload:
         """Random token ids, the same for a seed."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(vocab_size, (self.batch_size, self.prompt_tokens), generator=generator).tolist()
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The same weights in the layouts that the peers read.
-
-    Args:
-        name: the geometry or the checkpoint's folder.
-        layout: "random", "meta" or "hf".
-        args: the geometry.
-        folders, read_by: of each peer, what it reads and in which layout that is.
-    """
-
-    name: str
-    layout: str
-    args: ModelArgs
-    folders: dict[str, str]
-    read_by: dict[str, str]
-
-
-@contextlib.contextmanager
-def prepared_weights(
-    geometry: str, ckpt_dir: str | None, dtype: torch.dtype, keep_dir: str | None, seed: int
-) -> Iterator[Weights]:
-    """The weights of a run; what had to be written for it is deleted afterwards, unless it is kept."""
-    if ckpt_dir is None:
-        args = model_args(geometry)
-        with _folder(keep_dir, args) as (folder, is_new):
-            if is_new:
-                notice(f"writing {args.n_unique_params:,} random parameters, {NAMES[dtype]}")
-                write_hf(folder, args, dtype, random_rows(seed))
-            yield Weights(geometry, "random", args, dict.fromkeys(PEERS, str(folder)), dict.fromkeys(PEERS, "hf"))
-        return
-    checkpoint = open_checkpoint(ckpt_dir)
-    if checkpoint.format == "hf":
-        yield Weights(ckpt_dir, "hf", checkpoint.args, dict.fromkeys(PEERS, ckpt_dir), dict.fromkeys(PEERS, "hf"))
-        return
-    with _folder(keep_dir, checkpoint.args) as (folder, is_new):
-        if is_new:
-            notice("writing a copy in Hugging Face's layout for its peer")
-            stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
-            write_hf(folder, checkpoint.args, stored, checkpoint_rows(checkpoint), checkpoint.tensors)
-        folders = dict.fromkeys(PEERS, str(folder)) | {"ours": ckpt_dir}
-        read_by = dict.fromkeys(PEERS, "hf") | {"ours": checkpoint.format}
-        yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, folders, read_by)
-
-
-def model_args(name: str) -> ModelArgs:
-    """A published geometry, or one of `UNPUBLISHED`."""
-    return UNPUBLISHED.get(name) or published_geometry(name)
-
-
-@contextlib.contextmanager
-def _folder(keep_dir: str | None, args: ModelArgs) -> Iterator[tuple[Path, bool]]:
-    """A folder to write to and whether it is still empty: one to keep, or one that is deleted in the end."""
-    if keep_dir is not None:
-        folder = Path(keep_dir)
-        is_new = not (folder / "model.safetensors").exists()
-        if not is_new and open_checkpoint(folder).args != args:
-            raise LlamaError(f"{folder} holds another model: name an empty folder with --keep_dir")
-        yield folder, is_new
-        return
-    folder = Path(tempfile.mkdtemp(prefix="llama-bench-"))
-    try:
-        yield folder, True
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def measure(peers: list[Running], work: Workload, prompts: list[list[int]]) -> dict[str, list[Timing]]:

@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,17 @@ import psutil
 import torch
 from peers import Running, Timing
 
+from llama.errors import LlamaError
+
 Report = dict[str, Any]
+
+
+def sizes(flag: str, text: str) -> list[int]:
+    """The numbers in a flag's `8,32`."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise LlamaError(f"--{flag} takes numbers from 1 on, such as 8,32, not {text!r}")
+    return [int(word) for word in words]
 
 
 def machine(device: torch.device) -> Report:
@@ -64,6 +75,22 @@ def _cpu_model() -> str:
 def now() -> str:
     """The date and time, to a second, with its zone."""
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def beginning(device: torch.device) -> Report:
+    """What every report begins with: date, command and machine."""
+    return {"date": now(), "command": ["python", *sys.argv], "machine": machine(device)}
+
+
+def beginning_lines(report: Report) -> list[str]:
+    """The same for people: the machine, then when and by which command."""
+    host = report["machine"]
+    card = f", {host['card']}" if host["card"] else ""
+    return [
+        f"{host['cpu']}, {host['cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB{card}; {host['system']}, "
+        f"Python {host['python']}, torch {host['torch']}",
+        f"{report['date']}  {' '.join(report['command'])}",
+    ]
 
 
 def peer_report(peer: Running, timings: Sequence[Timing], n_prompt: int, n_new: int) -> Report:
@@ -141,16 +168,13 @@ def table(report: Report) -> str:
 
 
 def _heading(report: Report) -> list[str]:
-    model, settings, host = report["model"], report["settings"], report["machine"]
-    card = f", {host['card']}" if host["card"] else ""
+    model, settings = report["model"], report["settings"]
     return [
         f"{model['name']}: {model['n_params']:,} parameters, {settings['dtype']} on {settings['device']}, "
         f"{settings['threads']} thread{'' if settings['threads'] == 1 else 's'}",
         f"batch {settings['batch_size']} x {settings['prompt_tokens']} prompt tokens, {settings['new_tokens']} "
         f"decoded; median of {settings['repeats']} interleaved runs (min–max)",
-        f"{host['cpu']}, {host['cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB{card}; {host['system']}, "
-        f"Python {host['python']}, torch {host['torch']}",
-        f"{report['date']}  {' '.join(report['command'])}",
+        *beginning_lines(report),
     ]
 
 
