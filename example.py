@@ -6,36 +6,22 @@ from llama import Llama
 from llama.cli import run
 from llama.generation import command, tasks
 from llama.parallel import groups
+from llama.quantization.asked import Asked
 
 TINY = str(Path(__file__).parent / "ckpts" / "tiny")
 
 
 def main(
-    ckpt_dir: str = TINY,
-    tokenizer_path: str | None = None,
-    tuning_ckpt_path: str | None = None,
-    prompts: str | None = None,
-    prompt_file: str | None = None,
-    dialogs: str | None = None,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    top_k: int | None = None,
-    max_seq_len: int = 512,
-    max_batch_size: int = 32,
-    max_gen_len: int | None = None,
-    seed: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    tensor_split: str | None = None,
-    chat_format: str = "auto",
-    logprobs: bool = False,
-    echo: bool = False,
-    stream: bool = False,
-    interactive: bool = False,
-    output_json: str | None = None,
-    no_plan: bool = False,
-) -> None:
+    ckpt_dir: str = TINY, tokenizer_path: str | None = None, tuning_ckpt_path: str | None = None,
+    prompts: str | None = None, prompt_file: str | None = None, dialogs: str | None = None,
+    temperature: float = 0.8, top_p: float = 0.95, top_k: int | None = None,
+    max_seq_len: int = 512, max_batch_size: int = 32, max_gen_len: int | None = None, seed: int = 1,
+    dtype: str = "auto", device: str = "auto", threads: int | None = None, tensor_split: str | None = None,
+    quantize: str | None = None, group_size: int | None = None,
+    quantize_output: str | None = None, quantize_embedding: str | None = None,
+    chat_format: str = "auto", logprobs: bool = False, echo: bool = False, stream: bool = False,
+    interactive: bool = False, output_json: str | None = None, no_plan: bool = False,
+) -> None:  # fmt: skip
     """Run a Llama on any number of ranks, from any checkpoint layout.
 
     Args:
@@ -56,6 +42,10 @@ def main(
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads of each rank.
         tensor_split: weights of the ranks, such as 3,1.
+        quantize: hold the weights as int8 or int4; by default as the checkpoint holds them.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, for the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
         chat_format: auto, llama2, llama3 or alpaca, for --dialogs.
         logprobs: show log-probabilities.
         echo: show the prompt as part of the completion.
@@ -71,6 +61,7 @@ def main(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
         tensor_split=tensor_split, chat_format=chat_format, plan=not no_plan and work, adapter=tuning_ckpt_path,
+        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding),
     )  # fmt: skip
     command.perform(llama, asked, settings, stream)
 

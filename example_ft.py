@@ -6,35 +6,22 @@ from llama import Llama
 from llama.cli import run
 from llama.generation import command, tasks
 from llama.parallel import groups
+from llama.quantization.asked import Asked
 
 TINY = str(Path(__file__).parent / "ckpts" / "tiny")
 
 
 def main(
-    ckpt_dir: str = TINY,
-    tuning_ckpt_path: str | None = None,
-    tokenizer_path: str | None = None,
-    instructions: str | None = None,
-    instruction_file: str | None = None,
-    input: str = "",
-    template: str = "alpaca",
-    temperature: float = 0.0,
-    top_p: float = 0.95,
-    top_k: int | None = None,
-    max_seq_len: int = 512,
-    max_batch_size: int = 32,
-    max_gen_len: int | None = None,
-    seed: int = 1,
-    dtype: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    tensor_split: str | None = None,
-    logprobs: bool = False,
-    stream: bool = False,
-    interactive: bool = False,
-    output_json: str | None = None,
-    no_plan: bool = False,
-) -> None:
+    ckpt_dir: str = TINY, tuning_ckpt_path: str | None = None, tokenizer_path: str | None = None,
+    instructions: str | None = None, instruction_file: str | None = None, input: str = "", template: str = "alpaca",
+    temperature: float = 0.0, top_p: float = 0.95, top_k: int | None = None,
+    max_seq_len: int = 512, max_batch_size: int = 32, max_gen_len: int | None = None, seed: int = 1,
+    dtype: str = "auto", device: str = "auto", threads: int | None = None, tensor_split: str | None = None,
+    quantize: str | None = None, group_size: int | None = None,
+    quantize_output: str | None = None, quantize_embedding: str | None = None,
+    logprobs: bool = False, stream: bool = False,
+    interactive: bool = False, output_json: str | None = None, no_plan: bool = False,
+) -> None:  # fmt: skip
     """Put instructions into the template of a tuned model and answer them, on any number of ranks.
 
     Args:
@@ -56,6 +43,10 @@ def main(
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads of each rank.
         tensor_split: weights of the ranks, such as 3,1.
+        quantize: hold the weights as int8 or int4; by default as the checkpoint holds them.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, for the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
         logprobs: show log-probabilities.
         stream: print tokens as they come, one instruction after another.
         interactive: read instructions from the keyboard.
@@ -71,6 +62,7 @@ def main(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device,
         tensor_split=tensor_split, threads=threads, plan=not no_plan and work, adapter=tuning_ckpt_path,
+        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding),
     )  # fmt: skip
     command.perform(llama, asked, settings, stream)
 

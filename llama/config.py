@@ -155,6 +155,11 @@ class ModelArgs:
         """Parameters held in memory: a tied output layer is not counted again."""
         return self.n_params - (self.vocab_size * self.dim if self.tied else 0)
 
+    @property
+    def is_llama_3_2(self) -> bool:
+        """Whether it has the sizes of Llama 3.2, which Meta's `params.json` says no other way is tied."""
+        return self.rope_scaling is not None and (self.dim, self.n_layers) in LLAMA_3_2_GEOMETRIES
+
     def with_vocab_size(self, vocab_size: int) -> ModelArgs:
         """The same geometry with the vocabulary that the tokenizer or the tensors decide."""
         return dataclasses.replace(self, vocab_size=vocab_size)
@@ -172,7 +177,7 @@ class ModelArgs:
         """
         if not isinstance(params, Mapping):
             raise CheckpointError(f"params.json must hold an object, found {type(params).__name__}")
-        unknown = sorted(set(params) - _PARAMS_USED - _PARAMS_IGNORED)
+        unknown = sorted(set(params) - _PARAMS_USED - _PARAMS_IGNORED - _PARAMS_OF_THE_FILES)
         if unknown:
             raise CheckpointError(
                 f"params.json has unknown keys: {', '.join(unknown)}; they may change the computation, "
@@ -181,8 +186,8 @@ class ModelArgs:
         _require(params, ("dim", "n_layers", "n_heads"), "params.json")
         sizes = {key: params[key] for key in _PARAMS_SIZES if params.get(key) is not None}
         scaling = _scaling_from_params(params)
-        is_3_2 = scaling is not None and (params["dim"], params["n_layers"]) in LLAMA_3_2_GEOMETRIES
-        return cls(**sizes, rope_scaling=scaling, tied=is_3_2)
+        args = cls(**sizes, rope_scaling=scaling)
+        return dataclasses.replace(args, tied=args.is_llama_3_2)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelArgs:
@@ -257,6 +262,8 @@ _PARAMS_USED = frozenset(
 )
 # Sizes of a request, not of the model: what is run decides them.
 _PARAMS_IGNORED = frozenset({"max_seq_len", "max_batch_size"})
+# How the tensors are stored, which is no part of the geometry: see `llama.quantization.scheme`.
+_PARAMS_OF_THE_FILES = frozenset({"quantization"})
 
 
 def _scaling_from_params(params: Mapping[str, Any]) -> RopeScaling | None:

@@ -83,6 +83,7 @@ def convert_checkpoint(
     if to == "meta":
         _read_tokenizer(checkpoint, named)
         return split_checkpoint(checkpoint, 1, target, "consolidated", None, dtype, force, named)
+    checkpoint.require_numbers(f"--to {to}")
     check_target(target, checkpoint.path, force)
     if to == "hf":
         return _to_hf(checkpoint, target, dtype, max_bytes, named)
@@ -136,9 +137,8 @@ def _to_hf(
 
 def _tie_if_equal(checkpoint: Checkpoint) -> Checkpoint:
     """Hugging Face stores a tied output layer once. Meta's files hold it twice and do not say so: equality does."""
-    rows = tuple(slice(0, size) for size in checkpoint.tensors["tok_embeddings.weight"].spec.shape)
     args = checkpoint.args
-    tied = (args.tied or checkpoint.format != "hf") and shares_output(checkpoint, rows)
+    tied = (args.tied or checkpoint.format != "hf") and shares_output(checkpoint)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not (tied and name == "output.weight")}
     return dataclasses.replace(checkpoint, args=dataclasses.replace(args, tied=tied), tensors=tensors)
 

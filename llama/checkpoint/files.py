@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,10 +30,12 @@ SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+PACKED_DTYPES = (torch.int8, torch.uint8)  # see `llama.kernels.formats`
 AGAIN = ": copy or download it again"
 MAX_HEADER_BYTES = 100 << 20  # the safetensors library's own limit
 
 Index = tuple[slice, ...]
+Dtypes = Collection[torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,15 @@ class StoredTensor:
         return torch.frombuffer(buffer, dtype=self.dtype).as_strided(shape, self.strides)
 
 
-def read_header(path: Path, is_ignored: Callable[[str], bool] = lambda _: False) -> dict[str, StoredTensor]:
+def read_header(
+    path: Path, is_ignored: Callable[[str], bool] = lambda _: False, integers: bool = False
+) -> dict[str, StoredTensor]:
     """The tensors of a `.pth`, `.bin` or `.safetensors` file by name; no weights are read.
 
     Args:
         path: the file.
         is_ignored: names to leave out, whatever their dtype.
+        integers: whether a `.pth` may hold int8 and uint8, as those of quantized models do.
 
     Raises:
         CheckpointError: for a file that is missing, damaged, not a checkpoint, or holds code.
@@ -125,7 +130,9 @@ def read_header(path: Path, is_ignored: Callable[[str], bool] = lambda _: False)
         raise CheckpointError(f"{path} is a Git LFS pointer, not the weights: run 'git lfs pull' where it came from")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, is_ignored)
-    return _read_zip(path, is_ignored) if magic.startswith(b"PK") else _read_legacy(path, is_ignored)
+    dtypes = (*SAFETENSORS_DTYPES.values(), *(PACKED_DTYPES if integers else ()))
+    read = _read_zip if magic.startswith(b"PK") else _read_legacy
+    return read(path, is_ignored, dtypes)
 
 
 # -- torch.save ------------------------------------------------------------------------------------
@@ -161,14 +168,14 @@ def _refused_global(error: Exception) -> str:
     return found[1] if found else "an unknown object"
 
 
-def _read_zip(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
+def _read_zip(path: Path, is_ignored: Callable[[str], bool], dtypes: Dtypes) -> dict[str, StoredTensor]:
     state = _torch_load(path, mmap=True)
     base = _mapping_base(path, state)
     stored = {}
     for name, tensor in state.items():
         if is_ignored(str(name)):
             continue
-        _check_dtype(path, name, tensor.dtype)
+        _check_dtype(path, name, tensor.dtype, dtypes)
         offset = tensor.data_ptr() - base if tensor.numel() else 0
         stored[name] = StoredTensor(path, tensor.dtype, tuple(tensor.shape), tensor.stride(), offset)
     return stored
@@ -213,19 +220,19 @@ def _storage_records(path: Path) -> dict[int, int]:
     return sizes
 
 
-def _read_legacy(path: Path, is_ignored: Callable[[str], bool]) -> dict[str, StoredTensor]:
+def _read_legacy(path: Path, is_ignored: Callable[[str], bool], dtypes: Dtypes) -> dict[str, StoredTensor]:
     """Files written before torch 1.6 are one pickle stream: they are read whole."""
     stored = {}
     for name, tensor in _torch_load(path, mmap=False).items():
         if is_ignored(str(name)):
             continue
-        _check_dtype(path, name, tensor.dtype)
+        _check_dtype(path, name, tensor.dtype, dtypes)
         stored[name] = StoredTensor(path, tensor.dtype, tuple(tensor.shape), tensor.stride(), 0, tensor)
     return stored
 
 
-def _check_dtype(path: Path, name: str, dtype: torch.dtype) -> None:
-    if dtype not in SAFETENSORS_DTYPES.values():
+def _check_dtype(path: Path, name: str, dtype: torch.dtype, dtypes: Dtypes) -> None:
+    if dtype not in dtypes:
         raise CheckpointError(
             f"{path}: {name} is stored as {str(dtype).removeprefix('torch.')}; "
             "only float32, float16, bfloat16 and float64 weights are read"

@@ -27,7 +27,6 @@ from llama.checkpoint.source import Checkpoint, SourceTensor
 from llama.config import ModelArgs, read_json
 from llama.console import is_speaker, notice
 from llama.errors import CheckpointError, LlamaError, TokenizerError
-from llama.parallel.partition import Partition
 from llama.rope import rope_frequencies
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary
@@ -75,7 +74,8 @@ def export_gguf(
     target = Path(output)
     _check_target(target, type_name, force)
     templates = ollama.templates(chat_format("auto", tokenizer).name if chat == "auto" else chat)
-    args = settle_tie(checkpoint, Partition.create(checkpoint.args, 1), rank=0)
+    checkpoint.require_numbers("a GGUF file")
+    args = settle_tie(checkpoint)
     vocabulary = _padded(tokenizer.vocabulary(), args.vocab_size)
     opening = ""
     if prompt is not None:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from llama.checkpoint import manifest
 from llama.checkpoint.layout import Spec
+from llama.checkpoint.rows import row_chunks
 from llama.checkpoint.source import Checkpoint
-from llama.checkpoint.split import row_chunks, wait
+from llama.checkpoint.split import wait
 from llama.checkpoint.write import SafetensorsWriter, Writer
 from llama.console import is_speaker
 

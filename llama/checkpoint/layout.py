@@ -2,17 +2,27 @@
 
 Axes are named by what runs along them. `vocab`, `q`, `kv` and `ffn` are the ones that a `Partition`
 cuts; `dim` and `head` are never cut by us (Meta's Llama 1 and 2 files cut the embedding along `dim`).
+
+Of a matrix that is quantized two tensors are stored, the integers under its own name and their scales beside them;
+see `llama.kernels.formats`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from llama.config import ModelArgs
+from llama.errors import QuantizationError
+from llama.kernels.formats import GROUP_SIZES, Form
 from llama.parallel.partition import Partition
+from llama.quantization.scheme import Scheme
 
 CUT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
+WEIGHT, SCALES = ".weight", ".scales"
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,17 @@ IGNORED_WHOLE = frozenset({"mask", "cos", "sin"})
 
 @dataclass(frozen=True)
 class Spec:
-    """One tensor of one model: its names, whole shape and axes."""
+    """One tensor of one model.
+
+    Args:
+        name, hf_name, gguf_name, scratch_name: in each world.
+        shape: of the whole, as it is stored.
+        axes: what runs along each dimension.
+        permuted: see `Row`.
+        form: how the matrix is held whose integers or scales these are; None for a tensor of numbers.
+        dtype: what it is stored in; None for any dtype of numbers.
+        width: columns of the matrix that one stored column stands for.
+    """
 
     name: str
     hf_name: str
@@ -86,29 +106,90 @@ class Spec:
     axes: tuple[str, ...]
     permuted: bool
     scratch_name: str
+    form: Form | None = None
+    dtype: torch.dtype | None = None
+    width: int = 1
 
     @property
     def cut_dim(self) -> int | None:
         """The dimension that is cut across ranks; None for a tensor that every rank holds."""
         return next((dim for dim, axis in enumerate(self.axes) if axis in CUT_AXES), None)
 
+    @property
+    def whole(self) -> tuple[slice, ...]:
+        """All of it, as an index."""
+        return tuple(slice(0, size) for size in self.shape)
+
     def own(self, partition: Partition, rank: int) -> tuple[slice, ...]:
-        """The part of the whole tensor that `rank` holds."""
+        """The part of the whole tensor that `rank` holds.
+
+        Raises:
+            QuantizationError: when a cut falls inside a group of columns that share a scale.
+        """
         cuts = {
             "vocab": partition.vocab,
             "q": partition.q_rows,
             "kv": partition.kv_rows,
             "ffn": partition.ffn,
         }
-        index = []
-        for axis, size in zip(self.axes, self.shape, strict=True):
-            run = cuts[axis][rank] if axis in CUT_AXES else range(size)
-            index.append(slice(run.start, run.stop))
+        index = list(self.whole)
+        if self.cut_dim is not None:
+            run = cuts[self.axes[self.cut_dim]][rank]
+            index[self.cut_dim] = self._stored_columns(run) if self.cut_dim == 1 else slice(run.start, run.stop)
         return tuple(index)
 
+    def _stored_columns(self, columns: range) -> slice:
+        """What stands for these columns of the matrix."""
+        block = 1 if self.form is None else self.form.block
+        inside = [edge for edge in (columns.start, columns.stop) if edge % block]
+        if inside:
+            fitting = [str(size) for size in GROUP_SIZES if inside[0] % size == 0]
+            other = f"groups of {' or '.join(fitting)}" if fitting else "int8"
+            raise QuantizationError(
+                f"{self.name} would be cut at column {inside[0]}, inside a group of {block} that shares a scale: "
+                f"use fewer ranks, another --tensor_split, or {other}"
+            )
+        return slice(columns.start // self.width, columns.stop // self.width)
 
-def specs(args: ModelArgs) -> dict[str, Spec]:
-    """Every tensor of the model by Meta's name; a tied output layer is listed too."""
+
+def integers_and_scales(spec: Spec, form: Form) -> tuple[Spec, Spec]:
+    """The two tensors that hold a matrix [N, K] in a form."""
+    n_rows, n_columns = spec.shape
+    form.check_columns(n_columns, spec.name)
+    packed = (n_rows, n_columns // form.columns_per_byte)
+    scales = form.scale_shape(n_rows, n_columns)
+    names = {
+        field: getattr(spec, field).removesuffix(WEIGHT) + SCALES
+        for field in ("name", "hf_name", "gguf_name", "scratch_name")
+    }
+    return (
+        dataclasses.replace(spec, shape=packed, form=form, dtype=form.dtype, width=form.columns_per_byte),
+        dataclasses.replace(
+            spec, **names, shape=scales, axes=spec.axes[: len(scales)], form=form, dtype=form.scale_dtype,
+            width=form.block,
+        ),
+    )  # fmt: skip
+
+
+def specs(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Spec]:
+    """Every tensor of the model by Meta's name; a tied output layer is listed too.
+
+    Args:
+        args: the geometry.
+        scheme: what is quantized; of each such matrix the integers are listed, then the scales.
+
+    Raises:
+        QuantizationError: when groups do not divide a matrix's rows.
+    """
+    listed = {}
+    for spec in _matrices_and_vectors(args):
+        form = None if scheme is None else scheme.form(spec.name, args)
+        for part in (spec,) if form is None else integers_and_scales(spec, form):
+            listed[part.name] = part
+    return listed
+
+
+def _matrices_and_vectors(args: ModelArgs) -> Iterator[Spec]:
     sizes = {
         "vocab": args.vocab_size,
         "dim": args.dim,
@@ -116,8 +197,8 @@ def specs(args: ModelArgs) -> dict[str, Spec]:
         "kv": args.n_kv_heads * args.head_dim,
         "ffn": args.ffn_dim,
     }
-    return {
-        row.meta.format(layer): Spec(
+    for row, layer in _rows(args.n_layers):
+        yield Spec(
             row.meta.format(layer),
             row.hf.format(layer),
             row.gguf.format(layer),
@@ -126,8 +207,6 @@ def specs(args: ModelArgs) -> dict[str, Spec]:
             row.permuted,
             row.scratch.format(layer),
         )
-        for row, layer in _rows(args.n_layers)
-    }
 
 
 def _rows(n_layers: int) -> Iterator[tuple[Row, int]]:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from llama.checkpoint.layout import specs
+from llama.checkpoint.layout import SCALES, WEIGHT, Spec, specs
+from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint, shares_output
 from llama.config import ModelArgs
 from llama.console import is_speaker
 from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
+from llama.quantization.layers import quantize_layers
+from llama.quantization.scheme import OUTPUT, Scheme
+from llama.rope import rope_frequencies
 
 # Below this a progress bar would only flicker.
 PROGRESS_BYTES = 256 << 20
@@ -24,6 +29,7 @@ def load_model(
     partition: Partition,
     ranks: Ranks,
     dtype: torch.dtype,
+    scheme: Scheme | None = None,
 ) -> Transformer:
     """The model of this rank, its weights read from `checkpoint` straight into place.
 
@@ -31,32 +37,90 @@ def load_model(
         checkpoint: from `open_checkpoint`, at any shard count and in any layout.
         partition: the cut of the model; of this rank only its own part is read.
         ranks: this process's place and device.
-        dtype: what the weights are converted to, piece by piece.
+        dtype: what the weights that are not quantized are converted to, piece by piece.
+        scheme: what to quantize, rounded to the nearest a chunk of rows at a time; the same integers at every world
+            size. None for what the checkpoint holds. A quantized one is read as it is.
 
     Raises:
         CheckpointError: when a file ends early.
+        QuantizationError: when groups do not divide the model's rows or the cut; nothing is read then.
     """
-    args = settle_tie(checkpoint, partition, ranks.rank)
-    model = Transformer(args, partition, ranks, device=ranks.device, dtype=dtype)
-    model.requires_grad_(False)
+    scheme = checkpoint.scheme or scheme
+    if scheme is not None:
+        check_cuts(checkpoint.args, scheme, partition)
+    args = settle_tie(checkpoint, _compared(checkpoint, scheme, partition, ranks.rank))
+    model = Transformer(args, partition, ranks, device="meta", dtype=dtype)
+    if scheme is not None:
+        quantize_layers(model, scheme)
+    materialise(model, ranks.device)
+    _fill(model, checkpoint, specs(args, scheme))
+    return model.eval()
+
+
+def check_cuts(args: ModelArgs, scheme: Scheme, partition: Partition) -> None:
+    """Whether every cut of the model falls between groups of columns that share a scale.
+
+    Raises:
+        QuantizationError: which names the first that does not.
+    """
+    scheme.check(args)
+    for spec in specs(args, scheme).values():
+        for rank in range(partition.world_size):
+            spec.own(partition, rank)
+
+
+def settle_tie(checkpoint: Checkpoint, rows: slice | None = None) -> ModelArgs:
+    """Whether the output layer shares the embedding's memory.
+
+    Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in these rows (all, where
+    None are given), and both where tuning has set them apart (as transformers does).
+    """
+    args = checkpoint.args
+    if not args.tied or shares_output(checkpoint, rows):
+        return args
+    return dataclasses.replace(args, tied=False)
+
+
+def _compared(checkpoint: Checkpoint, scheme: Scheme | None, partition: Partition, rank: int) -> slice | None:
+    """The rows that decide the tie: this rank's own; all where the tie decides how the embedding is rounded."""
+    if scheme is None:
+        return specs(checkpoint.args)[OUTPUT].own(partition, rank)[0]
+    return None
+
+
+def materialise(model: Transformer, device: torch.device | str) -> None:
+    """Give a model that lies on "meta" its memory, uninitialised and frozen; what is shared stays shared."""
+    placed: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in placed:
+                placed[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            setattr(module, name, placed[parameter])
+    model.rope_frequencies = rope_frequencies(model.args, device)
+
+
+def _fill(model: Transformer, checkpoint: Checkpoint, held: dict[str, Spec]) -> None:
+    """Read every parameter, quantizing those that are held as integers and stored as numbers."""
     parameters = dict(model.named_parameters())
     total = sum(p.nbytes for p in parameters.values())
     quiet = not is_speaker() or total < PROGRESS_BYTES
     with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False) as bar:
         for name, parameter in parameters.items():
-            tensor = checkpoint.tensors[name]
-            tensor.read_into(tensor.spec.own(partition, ranks.rank), parameter.data)
+            place = held[name].own(model.partition, model.ranks.rank)
+            if name in checkpoint.tensors and checkpoint.tensors[name].spec.dtype == held[name].dtype:
+                checkpoint.tensors[name].read_into(place, parameter.data)
+            elif name.endswith(WEIGHT):
+                scales = parameters[name.removesuffix(WEIGHT) + SCALES]
+                _read_quantized(model, checkpoint, held[name], parameter.data, scales.data)
             bar.update(parameter.nbytes)
-    return model.eval()
 
 
-def settle_tie(checkpoint: Checkpoint, partition: Partition, rank: int) -> ModelArgs:
-    """Whether the output layer shares the embedding's memory.
-
-    Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in this
-    rank's rows, and both where tuning has set them apart (as transformers does).
-    """
-    args = checkpoint.args
-    if not args.tied or shares_output(checkpoint, specs(args)["output.weight"].own(partition, rank)):
-        return args
-    return dataclasses.replace(args, tied=False)
+def _read_quantized(
+    model: Transformer, checkpoint: Checkpoint, spec: Spec, packed: torch.Tensor, scales: torch.Tensor
+) -> None:
+    """Round this rank's part of a matrix of numbers into its integers and scales."""
+    assert spec.form is not None
+    source = checkpoint.tensors[spec.name]
+    part = source.spec.own(model.partition, model.ranks.rank)
+    for rows, integers, sizes in quantized_chunks(source, spec.form, part, packed.device):
+        packed[rows], scales[rows] = integers, sizes

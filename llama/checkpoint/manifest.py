@@ -77,7 +77,7 @@ def verify(path: Path, progress: Callable[[int], object] = lambda _: None) -> in
 
 
 def _verify_file(path: Path, expected: Digests, progress: Callable[[int], object]) -> int:
-    stored = read_header(path)
+    stored = read_header(path, integers=True)
     strangers = sorted(stored.keys() ^ expected.keys())
     if strangers:
         raise CheckpointError(f"{path}: {strangers[0]} is in the file or in the manifest, not in both")

@@ -8,15 +8,18 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoint.load import load_model
+from llama.checkpoint.load import check_cuts, load_model
 from llama.checkpoint.source import Checkpoint, open_checkpoint
+from llama.config import ModelArgs
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, set_threads
-from llama.errors import LlamaError, TokenizerError
+from llama.errors import LlamaError, QuantizationError, TokenizerError
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
+from llama.quantization.asked import Asked, settle
+from llama.quantization.scheme import Scheme
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 
@@ -29,6 +32,7 @@ class Opened:
         partition: its cut.
         device, dtype: where and how it is going to be computed.
         n_threads: CPU threads of this rank.
+        scheme: which weights are held as integers; None for none.
     """
 
     checkpoint: Checkpoint
@@ -37,10 +41,11 @@ class Opened:
     device: torch.device
     dtype: torch.dtype
     n_threads: int
+    scheme: Scheme | None = None
 
     def load(self, ranks: Ranks) -> Transformer:
         """Read this rank's shard: see `load_model`."""
-        return load_model(self.checkpoint, self.partition, ranks, self.dtype)
+        return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme)
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""
@@ -49,10 +54,11 @@ class Opened:
         copies = groups.current().replicas
         where = where if copies is None else f"{copies.world_size} times {where}"
         files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
+        integers = "" if self.scheme is None else f"{self.scheme.words()}, "
         return (
             f"loaded {shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) "
             f"in {seconds:.1f} s: "
-            f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, "
+            f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
         )
 
@@ -65,6 +71,7 @@ def open_model(
     device: str | torch.device = "auto",
     tensor_split: str | Sequence[float] | None = None,
     threads: int | None = None,
+    quantize: Scheme | Asked | str | None = None,
 ) -> Opened:
     """Open a checkpoint and its tokenizer, and choose how to compute; arguments as in `Llama.build`.
 
@@ -78,9 +85,31 @@ def open_model(
     checkpoint = open_checkpoint(ckpt_dir)
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
-    partition = Partition.create(checkpoint.args, groups.model_size(model_parallel_size), tensor_split)
+    scheme = settle(quantize, checkpoint.scheme, shown(checkpoint.path))
+    partition = cut_model(checkpoint.args, scheme, groups.model_size(model_parallel_size), tensor_split)
     chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, checkpoint.args.n_unique_params)
-    return Opened(checkpoint, tokenizer, partition, chosen_device, chosen_dtype, n_threads)
+    return Opened(checkpoint, tokenizer, partition, chosen_device, chosen_dtype, n_threads, scheme)
+
+
+def cut_model(
+    args: ModelArgs, scheme: Scheme | None, n_ranks: int, tensor_split: str | Sequence[float] | None = None
+) -> Partition:
+    """The cut of a model across `n_ranks`, between the groups of a quantized one.
+
+    Raises:
+        PartitionError: for more ranks than the model can serve.
+        QuantizationError: where groups do not divide the model's rows, or attention cannot be cut between them.
+    """
+    if scheme is None:
+        return Partition.create(args, n_ranks, tensor_split)
+    scheme.check(args)
+    if args.tied and scheme.embedding not in (None, scheme.output):
+        raise QuantizationError(
+            "this model's embedding is its output layer: it follows --quantize_output, leave --quantize_embedding out"
+        )
+    partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
+    check_cuts(args, scheme, partition)
+    return partition
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

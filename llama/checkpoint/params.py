@@ -7,14 +7,19 @@ from typing import Any
 
 from llama.config import LLAMA_3_2_GEOMETRIES, ModelArgs, RopeScaling, ffn_width
 from llama.errors import CheckpointError
+from llama.quantization.scheme import Scheme
 
 # What published models use, tried first so that files look like Meta's.
 MULTIPLES_OF = (256, 1024, 4096, 512, 128, 64, 32)
 MULTIPLIERS = (None, 1.3, 1.5, 1.0)
 
 
-def to_params(args: ModelArgs) -> dict[str, Any]:
+def to_params(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Any]:
     """The content of `params.json`, from which `ModelArgs.from_params` reads the same geometry.
+
+    Args:
+        args: the geometry.
+        scheme: which tensors beside it are integers; None for none.
 
     Raises:
         CheckpointError: for a head width that Meta's keys cannot express.
@@ -38,6 +43,8 @@ def to_params(args: ModelArgs) -> dict[str, Any]:
     }
     if multiplier is None:
         del params["ffn_dim_multiplier"]
+    if scheme is not None:
+        params["quantization"] = scheme.to_json()
     return params | _scaling_params(args)
 
 

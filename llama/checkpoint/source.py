@@ -6,6 +6,7 @@ Meta's. What is open is only headers: bytes are read when a part is asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from llama.checkpoint.files import Index, StoredTensor, read_header
 from llama.checkpoint.layout import Spec, is_ignored, specs
 from llama.checkpoint.single import geometry_of
 from llama.config import ModelArgs, read_json
-from llama.errors import CheckpointError
+from llama.errors import CheckpointError, QuantizationError
+from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
 
 SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
 HF_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -99,6 +101,7 @@ class Checkpoint:
         tensors: every tensor of the model; without "output.weight" when the file has none.
         n_shards: files that the tensors were cut into.
         adapter: name of what its tensors are read with, where that is not the files alone.
+        scheme: which tensors are integers with scales; None for a checkpoint of numbers alone.
     """
 
     path: Path
@@ -107,11 +110,25 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     n_shards: int
     adapter: str | None = None
+    scheme: Scheme | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the model is stored in."""
-        return self.tensors["layers.0.feed_forward.w1.weight"].dtype
+        """The dtype that most of the model's numbers are stored in; integers are none."""
+        name = "layers.0.feed_forward.w1.weight" if self.scheme is None else "norm.weight"
+        return self.tensors[name].dtype
+
+    def require_numbers(self, purpose: str) -> None:
+        """Refuse a quantized checkpoint where the weights themselves are needed.
+
+        Raises:
+            QuantizationError: which says what for.
+        """
+        if self.scheme is not None:
+            raise QuantizationError(
+                f"{self.path} is quantized ({self.scheme.words()}), and {purpose} would need the weights as they "
+                "were: start from the original checkpoint"
+            )
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -167,9 +184,13 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
     if not (folder / "params.json").exists():
         raise CheckpointError(f"{folder} has no params.json: copy it from where the weights came from")
     args = ModelArgs.from_file(folder / "params.json")
-    shards = [read_header(file, is_ignored) for file in files]
+    scheme = _stored_scheme(folder / "params.json")
+    shards = [read_header(file, is_ignored, integers=scheme is not None) for file in files]
     args = _settle_vocab_size(args, shards)
-    expected = specs(args)
+    if scheme is not None:
+        args = _settle_quantized_tie(args, scheme, shards[0])
+        scheme.check(args)
+    expected = specs(args, scheme)
     problems = _Problems()
     for file, shard in zip(files, shards, strict=True):
         where = f" in {file.name}" if len(files) > 1 else ""
@@ -183,11 +204,28 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
             problems.check_shape(spec, tensor)
             tensors[name] = tensor
     problems.raise_if_any(folder, len(files))
-    return Checkpoint(folder, "meta", args, tensors, len(files))
+    return Checkpoint(folder, "meta", args, tensors, len(files), scheme=scheme)
+
+
+def _stored_scheme(path: Path) -> Scheme | None:
+    """What params.json says of integers in the files."""
+    content = read_json(path).get("quantization")
+    try:
+        return None if content is None else Scheme.from_json(content)
+    except QuantizationError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _settle_quantized_tie(args: ModelArgs, scheme: Scheme, shard: Mapping[str, StoredTensor]) -> ModelArgs:
+    """A tied embedding is held as the output layer is; one that is held otherwise has been set apart from it."""
+    form = scheme.form(EMBEDDING, args)
+    if not args.tied or form is None or EMBEDDING not in shard or shard[EMBEDDING].dtype == form.dtype:
+        return args
+    return dataclasses.replace(args, tied=False)
 
 
 def _may_lack(name: str, args: ModelArgs) -> bool:
-    return name == "output.weight" and args.tied
+    return name.startswith("output.") and args.tied
 
 
 def _settle_vocab_size(args: ModelArgs, shards: Sequence[Mapping[str, StoredTensor]]) -> ModelArgs:
@@ -285,22 +323,29 @@ def _open_single(path: Path) -> Checkpoint:
 # -- what all of them share ------------------------------------------------------------------------
 
 
-def shares_output(checkpoint: Checkpoint, rows: Index) -> bool:
-    """Whether the output layer equals the embedding in these rows, or is not stored at all.
+def shares_output(checkpoint: Checkpoint, rows: slice | None = None) -> bool:
+    """Whether the output layer equals the embedding, or is not stored at all.
 
     Meta's Llama 3.2 files hold the tied weight twice, and tuning may have set the two apart.
+
+    Args:
+        checkpoint: open.
+        rows: of the vocabulary, that are compared; None for all.
     """
-    if "output.weight" not in checkpoint.tensors:
+    if OUTPUT not in checkpoint.tensors:
         return True
-    output, embedding = (checkpoint.tensors[name] for name in ("output.weight", "tok_embeddings.weight"))
-    for where, values in output.read(rows):
-        start = rows[0].start + where[0].start
-        part = (
-            slice(start, start + values.shape[0]),
-            slice(where[1].start, where[1].start + values.shape[1]),
-        )
+    tensors = checkpoint.tensors
+    both = (name for name in (OUTPUT, "output.scales") if name in tensors)
+    return all(_are_equal(tensors[name], tensors[name.replace("output", "tok_embeddings")], rows) for name in both)
+
+
+def _are_equal(left: SourceTensor, right: SourceTensor, rows: slice | None) -> bool:
+    """Whether two tensors hold the same in these rows."""
+    index = (rows or left.spec.whole[0], *left.spec.whole[1:])
+    for where, values in left.read(index):
+        part = tuple(slice(run.start + own.start, run.start + own.stop) for run, own in zip(index, where, strict=True))
         scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
-        embedding.read_into(part, scratch)
+        right.read_into(part, scratch)
         if not torch.equal(scratch, values):
             return False
     return True
@@ -313,12 +358,17 @@ class _Problems:
         self.missing: list[str] = []
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
+        self.mistyped: list[str] = []
 
     def check_shape(self, spec: Spec, tensor: SourceTensor) -> None:
-        """Note a tensor whose pieces do not add up to the shape that the parameters announce."""
+        """Note a tensor whose pieces do not add up to the shape, or are not of the dtype, that are announced."""
         found = _joined_shape(tensor)
         if found != spec.shape:
             self.misshapen.append(f"{spec.name} is {_show(found)}, expected {list(spec.shape)}")
+        strangers = {piece.dtype for piece in tensor.pieces if not _may_be(piece.dtype, spec.dtype)}
+        if strangers:
+            found_as, wanted = _name(strangers.pop()), "a dtype of numbers" if spec.dtype is None else _name(spec.dtype)
+            self.mistyped.append(f"{spec.name} is {found_as}, expected {wanted}")
 
     def raise_if_any(self, folder: Path, n_files: int) -> None:
         parts = []
@@ -326,6 +376,7 @@ class _Problems:
             ("missing", self.missing),
             ("unexpected", self.unexpected),
             ("of another shape than the parameters say", self.misshapen),
+            ("of another dtype than the parameters say", self.mistyped),
         ):
             if names:
                 more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
@@ -351,3 +402,11 @@ def _joined_shape(tensor: SourceTensor) -> tuple[int, ...] | None:
 
 def _show(shape: tuple[int, ...] | None) -> str:
     return "in pieces that do not fit together" if shape is None else str(list(shape))
+
+
+def _may_be(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
+    return dtype.is_floating_point if wanted is None else dtype == wanted
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

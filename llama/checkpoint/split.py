@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoint import manifest
 from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_folder
 from llama.checkpoint.layout import Spec, specs
 from llama.checkpoint.params import to_params
+from llama.checkpoint.rows import row_chunks
 from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
 from llama.checkpoint.write import PthWriter
 from llama.errors import CheckpointError, PartitionError
 from llama.parallel.partition import Partition, weighted_ranges
+from llama.quantization.scheme import EMBEDDING, OUTPUT
 
-CHUNK_BYTES = 16 << 20
 NAMES = ("fs_consolidated", "consolidated")
 # Llama 3 cuts the embedding along the vocabulary; the older ones, with small vocabularies, along the features.
 LLAMA_3_VOCAB = 100_000
@@ -50,7 +50,7 @@ class Cut:
     def parts(self, spec: Spec) -> list[tuple[slice, ...]]:
         """The part of a tensor that each shard holds."""
         n_shards = self.partition.world_size
-        if spec.name != "tok_embeddings.weight" or self.embedding_dim == 0:
+        if spec.name != EMBEDDING or self.embedding_dim == 0:
             return [spec.own(self.partition, shard) for shard in range(n_shards)]
         rows = slice(0, spec.shape[0])
         columns = weighted_ranges(spec.shape[1], self.partition.weights)
@@ -63,7 +63,7 @@ def plan_cut(checkpoint: Checkpoint, n_shards: int, tensor_split: str | None = N
     Raises:
         PartitionError: when its heads forbid it, naming both numbers.
     """
-    args = checkpoint.args
+    args, scheme = checkpoint.args, checkpoint.scheme
     if n_shards < 1:
         raise PartitionError(f"the number of shards must be 1 or more, is {n_shards}")
     if n_shards > args.n_kv_heads:
@@ -71,9 +71,10 @@ def plan_cut(checkpoint: Checkpoint, n_shards: int, tensor_split: str | None = N
             f"{n_shards} shards but only {args.n_kv_heads} key/value heads: split into at most "
             f"{args.n_kv_heads}; any split runs on up to {args.n_heads} ranks"
         )
-    return Cut(
-        Partition.create(args, n_shards, tensor_split), embedding_dim=0 if args.vocab_size >= LLAMA_3_VOCAB else 1
-    )
+    # Integers are cut where their scales are: by rows.
+    by_rows = args.vocab_size >= LLAMA_3_VOCAB or checkpoint.tensors[EMBEDDING].spec.form is not None
+    ffn_block = None if scheme is None else scheme.block
+    return Cut(Partition.create(args, n_shards, tensor_split, ffn_block), embedding_dim=0 if by_rows else 1)
 
 
 def split(
@@ -94,7 +95,7 @@ def split(
         output_dir: where; None for `<ckpt_dir>_fs<n>` beside the source.
         names: "fs_consolidated" or "consolidated", the stem of the files.
         tensor_split: weights of the shards, such as "3,1"; None for equal ones.
-        dtype: what to convert to; None keeps each tensor's own.
+        dtype: what to convert to; None keeps each tensor's own. Integers and their scales stay as they are.
         force: replace an output folder that an earlier split wrote.
         tokenizer_path: its tokenizer; None for what lies beside the weights or one folder up.
 
@@ -125,7 +126,7 @@ def split_checkpoint(
     cut = plan_cut(checkpoint, n_shards, tensor_split)
     target = Path(output_dir) if output_dir is not None else _default_target(source, n_shards)
     check_target(target, source, force)
-    params = to_params(checkpoint.args)
+    params = to_params(checkpoint.args, checkpoint.scheme)
     checkpoint = with_output(checkpoint)
     layouts = [_shard_layout(checkpoint, cut, shard, dtype) for shard in range(n_shards)]
     check_space(target, sum(map(layout_bytes, layouts)))
@@ -146,11 +147,14 @@ def _default_target(source: Path, n_shards: int) -> Path:
 
 def with_output(checkpoint: Checkpoint) -> Checkpoint:
     """Meta's files hold the output layer also where it is the embedding."""
-    if "output.weight" in checkpoint.tensors:
+    if OUTPUT in checkpoint.tensors:
         return checkpoint
-    embedding = checkpoint.tensors["tok_embeddings.weight"]
-    output = dataclasses.replace(embedding, spec=specs(checkpoint.args)["output.weight"])
-    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, "output.weight": output})
+    copies = {
+        name: dataclasses.replace(checkpoint.tensors[name.replace("output", "tok_embeddings")], spec=spec)
+        for name, spec in specs(checkpoint.args, checkpoint.scheme).items()
+        if name.startswith("output.")
+    }
+    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **copies})
 
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -161,7 +165,8 @@ def _shard_layout(checkpoint: Checkpoint, cut: Cut, shard: int, dtype: torch.dty
     layout = {}
     for name, tensor in checkpoint.tensors.items():
         part = cut.parts(tensor.spec)[shard]
-        layout[name] = (tuple(run.stop - run.start for run in part), dtype or tensor.dtype)
+        kept = tensor.spec.dtype or dtype or tensor.dtype
+        layout[name] = (tuple(run.stop - run.start for run in part), kept)
     return layout
 
 
@@ -214,25 +219,6 @@ def wait(under_way: list[Future[Any]]) -> None:
     """Wait for what a writer has under way; its errors are raised here."""
     for future in under_way:
         future.result()
-
-
-def row_chunks(tensor: SourceTensor, dtype: torch.dtype, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """The tensor's rows in order, at full width: (first row, rows), each chunk in memory of its own.
-
-    Args:
-        tensor: of a checkpoint.
-        dtype: what to convert to.
-        multiple: chunks hold a multiple of so many rows; of whole heads anyway where the file permutes them.
-    """
-    shape = tensor.spec.shape
-    step = max(1, CHUNK_BYTES // (torch.Size(shape[1:]).numel() * dtype.itemsize))
-    multiple = max(multiple, tensor.head_rows)
-    step = max(1, step // multiple) * multiple
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        rows = torch.empty(last - first, *shape[1:], dtype=dtype)
-        tensor.read_into((slice(first, last), *(slice(0, size) for size in shape[1:])), rows)
-        yield first, rows
 
 
 def _overlap(part: tuple[slice, ...], first: int, n_rows: int) -> tuple[slice, ...]:

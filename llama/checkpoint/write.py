@@ -64,7 +64,7 @@ class Writer:
         self._lay_out(tensors)
         self._tensors = {
             name: _Progress(stored.offset, torch.Size(stored.shape).numel() * stored.dtype.itemsize)
-            for name, stored in read_header(path).items()
+            for name, stored in read_header(path, integers=True).items()
         }
         self._descriptor = os.open(path, os.O_RDWR)
 

@@ -31,6 +31,7 @@ from llama.finetuning.trainer import Trainer
 from llama.finetuning.workload import workload
 from llama.model import Transformer
 from llama.parallel import groups
+from llama.quantization.asked import Asked
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
@@ -93,6 +94,10 @@ def train(
     dtype: str = "auto",
     device: str = "auto",
     threads: int | None = None,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    quantize_output: str | None = None,
+    quantize_embedding: str | None = None,
     no_plan: bool = False,
 ) -> None:
     """Fine-tune a Llama on Alpaca records, on any number of ranks; the result is an adapter that PEFT loads too.
@@ -137,16 +142,21 @@ def train(
         dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
         device: auto, cpu, cuda, cuda:N or mps.
         threads: CPU threads of each rank.
+        quantize: int8 or int4, of the frozen weights; by default what the checkpoint holds.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, of the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, of the embedding where it is not the output layer; by default none.
         no_plan: load without asking first whether the memory suffices.
     """
     started = time.perf_counter()
     with groups.phase("settings"):
         settings = _settings(locals())
+        asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
         _check_ranks(settings, tp)
         ckpt_dir, dataset = _sources(ckpt_dir, dataset)
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
-        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads)
+        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads, asked)
         _check_scaling(settings, opened)
         records = read_records(dataset)
         encoded = encode_records(
@@ -180,7 +190,7 @@ def train(
     if resume:
         _resume(run)
     run.run()
-    _say_result(run, started, ckpt_dir, tokenizer_path)
+    _say_result(run, started, ckpt_dir, tokenizer_path, asked)
 
 
 def _settings(flags: dict[str, Any]) -> TrainSettings:
@@ -213,6 +223,7 @@ def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict
         "data": records,
         "model": {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "vocab_size": args.vocab_size},
         "weights": _fingerprint(opened.checkpoint),
+        "quantization": None if opened.scheme is None else opened.scheme.to_json(),
     }
 
 
@@ -274,7 +285,7 @@ def _resume(run: Trainer) -> None:
     notice(f"going on from {run.folder.folder(steps[-1])}: {run.n_done} of {run.n_steps} steps are done")
 
 
-def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None) -> None:
+def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None, asked: Asked) -> None:
     """Where the adapter is, and the command to try it."""
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
@@ -283,6 +294,7 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
     words += ["--tuning_ckpt_path", str(where)]
     words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
     words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
+    words += asked.words
     n = env.world_size()
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
     if is_speaker():

@@ -67,7 +67,9 @@ def with_adapter(
 
     Raises:
         AdapterError: when the adapter was made for another model.
+        QuantizationError: when the checkpoint is quantized.
     """
+    checkpoint.require_numbers("folding an adapter in")
     check_fits(adapter, checkpoint.args)
     tensors = dict(checkpoint.tensors)
     for linear, (a, b) in adapter.weights.items():

@@ -28,6 +28,8 @@ from llama.generation.sampling import Sampling
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
 from llama.parallel import groups
+from llama.quantization.asked import Asked
+from llama.quantization.scheme import Scheme
 from llama.tokenizer import Tokenizer
 
 Stop = str | int | Sequence[str | int] | None
@@ -133,6 +135,7 @@ class Llama:
         chat_format: str = "auto",
         plan: bool | Workload = True,
         adapter: str | Path | Adapter | None = None,
+        quantize: Scheme | Asked | str | None = None,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -155,6 +158,8 @@ class Llama:
             adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
                 `llama.finetuning.adapter_files.read_adapter`. A soft prompt stands before BOS, runs once,
                 here, and does not count for `max_seq_len`.
+            quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
+                checkpoint holds.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -162,7 +167,9 @@ class Llama:
         started = time.perf_counter()
         with groups.phase("files"):
             _check_counts(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            opened = open_model(ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads)
+            opened = open_model(
+                ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads, quantize
+            )
             tokenizer, args = opened.tokenizer, opened.checkpoint.args
             chat = choose_format(chat_format, tokenizer)
             adapter = settle_adapter(adapter, args)

@@ -69,9 +69,14 @@ class Scheme:
         return None if "norm" in name else self.linears
 
     @property
-    def block(self) -> int:
-        """Columns of the FFN that must stay on one rank."""
-        return self.linears.block
+    def block(self) -> int | None:
+        """Columns of the FFN that must stay on one rank; None where it may be cut anywhere."""
+        return self.linears.group_size or None
+
+    @property
+    def group_size(self) -> int:
+        """Of whatever is int4; 0 where nothing is."""
+        return max((form.group_size for form in (self.linears, self.output, self.embedding) if form), default=0)
 
     def check(self, args: ModelArgs) -> None:
         """Whether every row of the model falls into whole groups, wherever attention may be cut.
@@ -96,9 +101,7 @@ class Scheme:
         """For `params.json`, under "quantization"."""
         return {
             "type": self.linears.kind,
-            "group_size": max(
-                (form.group_size for form in (self.linears, self.output, self.embedding) if form), default=0
-            ),
+            "group_size": self.group_size,
             "output": NONE if self.output is None else self.output.kind,
             "embedding": NONE if self.embedding is None else self.embedding.kind,
             "calibrated": self.calibrated,

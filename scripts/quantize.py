@@ -1,0 +1,44 @@
+"""Write a quantized checkpoint: `python scripts/quantize.py CKPT OUT --type int4 --group_size 32`."""
+
+import sys
+
+from llama.checkpoint.quantize import quantize_checkpoint
+from llama.checkpoint.source import open_checkpoint
+from llama.cli import name_words, run
+from llama.quantization.asked import Asked
+
+
+def main(
+    ckpt_dir: str,
+    output: str,
+    type: str,
+    group_size: int | None = None,
+    quantize_output: str | None = None,
+    quantize_embedding: str | None = None,
+    tokenizer_path: str | None = None,
+    force: bool = False,
+) -> None:
+    """Write a checkpoint as integers with scales, which loads at any number of ranks; split_model.py cuts it.
+
+    Args:
+        ckpt_dir: anything that example.py reads, but for what is quantized already.
+        output: the folder to write.
+        type: int8 (a scale a row) or int4 (a scale for each group of weights).
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, for the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
+        tokenizer_path: its tokenizer; by default beside the weights or one folder up.
+        force: replace what an earlier quantization, split or conversion wrote.
+    """
+    checkpoint = open_checkpoint(ckpt_dir)
+    checkpoint.require_numbers("quantizing it anew")
+    scheme = Asked(type, group_size, quantize_output, quantize_embedding).scheme()
+    assert scheme is not None  # `type` was given
+    written = quantize_checkpoint(checkpoint, output, scheme, tokenizer_path, force)
+    size = sum(file.stat().st_size for file in written.glob("*.pth"))
+    print(f"wrote {written} ({size / 1e6:.1f} MB, {scheme.words()})")
+    print(f"run it: python3 example.py --ckpt_dir {written}")
+
+
+if __name__ == "__main__":
+    run(main, name_words(main, sys.argv[1:], most=2))  # CKPT OUT are --ckpt_dir CKPT --output OUT
