@@ -25,7 +25,7 @@ def panels(path: str, n_rows: int, n_columns: int) -> Iterator[Sequence[Sequence
     from matplotlib import pyplot
 
     figure, rows = pyplot.subplots(n_rows, n_columns, figsize=(5 * n_columns, 3.2 * n_rows), squeeze=False)
-    yield rows
+    yield list(rows)
     for axes in rows.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

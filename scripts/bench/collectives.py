@@ -5,17 +5,9 @@
     python scripts/bench/collectives.py --bandwidth 2000 --tflops 250 --links "my switch=20us@50"
 
 The engine runs on one rank of several over a process group that counts every call (`lone_rank.py`). A decode step is
-what one more token adds to a run. For N ranks the program should ask for two all-reduces a layer, one for the embedding,
-and an all-gather of candidates and a broadcast of the choice for the sampler, and for nothing else.
-
-What that costs is reckoned, not measured: a collective of S bytes over links of bandwidth W (each way) and latency L takes
-
-    all-reduce (ring)   2 (N - 1) (L + S / (N W))
-    all-gather (ring)   (N - 1) (L + S / (N W)), S the bytes of the result
-    broadcast (ring)    (N - 1) L + S / W
-
-and a decode step reads a rank's weights and its part of the cache once, at --bandwidth; a prefill computes two operations a
-weight of the linears and token, at --tflops. Overheads of launching and the overlap of the two are left out.
+what one more token adds to a run. The program should ask for two all-reduces a layer, one for the embedding, and an
+all-gather of candidates and a broadcast of the choice for the sampler, and for nothing else. What that costs is
+reckoned from figures of links and cards (`links.py`), not measured.
 
 The JSON file is one object:
 
@@ -24,23 +16,22 @@ The JSON file is one object:
     settings        dtype, prompt_tokens, context (tokens seen by a decode step), world_sizes, batch_sizes, bandwidth
                     (bytes/s), flops (operations/s), and links: name to {latency (s), bandwidth (bytes/s each way)}
     runs            a list of one entry for "decode" or "prefill" (stage), batch_size and world_size:
-                    calls (a list of kind, bytes of the result, count), count, bytes (their sum), expected (whether they are
-                    what is said above), compute_seconds (of a rank), links: name to {seconds (of all collectives),
-                    tokens_per_second, speedup (over one rank)}
+                    calls (a list of kind, bytes of the result, count), count, bytes (their sum), expected (whether they
+                    are what is said above), compute_seconds (of a rank), links: name to {seconds (of all
+                    collectives), tokens_per_second, speedup (over one rank)}
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import charts
 import torch
-from counting import empty_shard
+from counting import DTYPE, empty_shard
+from links import Link, Machine, parse_links, seconds
 from lone_rank import Calls, alone
 from report import Report, beginning, beginning_lines, sizes, write_json
 from weights import model_args
@@ -56,57 +47,6 @@ from llama.generation.sampling import Sampling
 from llama.generation.tasks import check_writable
 from llama.model import Transformer
 from llama.parallel.partition import Partition
-
-DTYPE = torch.bfloat16
-WORLD_SIZES, BATCH_SIZES = (1, 2, 4, 8), (1, 8)
-
-
-@dataclass(frozen=True)
-class Link:
-    """How ranks are connected.
-
-    Args:
-        latency: seconds from one rank's memory to the next one's, however little is sent.
-        bandwidth: bytes a second, each way.
-    """
-
-    latency: float
-    bandwidth: float
-
-
-# What is usual, not measured here; cards without peer access go through the host, which the latencies count in.
-LINKS = {
-    "NVLink 3": Link(3e-6, 300e9),
-    "PCIe 4 x16": Link(8e-6, 25e9),
-    "PCIe 3 x8": Link(10e-6, 6.5e9),
-    "10 GbE": Link(30e-6, 1.15e9),
-}
-LINK = re.compile(r"(?P<name>[^=]+)=(?P<latency>[\d.]+)us@(?P<bandwidth>[\d.]+)")
-
-
-def parse_links(text: str | None) -> dict[str, Link]:
-    """Links by name: of `LINKS`, or "name=20us@50" of one's own (GB/s), in a list with commas; None for all of `LINKS`.
-
-    Raises:
-        LlamaError: for anything else.
-    """
-    if text is None:
-        return LINKS
-    links = {}
-    for part in map(str.strip, text.split(",")):
-        own = LINK.fullmatch(part)
-        try:
-            links[own["name"].strip() if own else part] = (
-                Link(float(own["latency"]) * 1e-6, float(own["bandwidth"]) * 1e9) if own else LINKS[part]
-            )
-        except (KeyError, ValueError):
-            raise LlamaError(
-                f"no link is called {part!r}: use {', '.join(LINKS)}, or one of your own such as 'my switch=20us@50' (GB/s)"
-            ) from None
-        if min(dataclasses.astuple(links[list(links)[-1]])) <= 0:
-            raise LlamaError(f"--links {part!r}: latency and bandwidth must lie above zero")
-    return links
-
 
 # -- counting --------------------------------------------------------------------------------------
 
@@ -153,45 +93,6 @@ def is_expected(calls: Calls, args: ModelArgs, world_size: int) -> bool:
         return not counts
     n_passes, rest = divmod(counts.pop("all-reduce", 0), 2 * args.n_layers + 1)
     return n_passes > 0 and not rest and counts == {"all-gather": 1, "broadcast": 1}
-
-
-# -- reckoning -------------------------------------------------------------------------------------
-
-
-def seconds(kind: str, nbytes: int, n_ranks: int, link: Link) -> float:
-    """What one collective takes, as the head of this file states."""
-    steps, piece = n_ranks - 1, nbytes / (n_ranks * link.bandwidth)
-    if kind == "broadcast":
-        return steps * link.latency + nbytes / link.bandwidth
-    return (2 if kind == "all-reduce" else 1) * steps * (link.latency + piece)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a card does: bytes read a second, and operations a second."""
-
-    bandwidth: float
-    flops: float
-
-    def decode_seconds(self, partition: Partition, batch_size: int, context: int) -> float:
-        """Reading the fullest rank's weights, but for the embedding's table, and its cache of `context` tokens a row."""
-        args = partition.args
-        nbytes = []
-        for rank in range(partition.world_size):
-            table = 0 if args.tied else args.dim * len(partition.vocab[rank])
-            cached = 2 * args.n_layers * batch_size * context * len(partition.kv_rows[rank])
-            nbytes.append((partition.rank_params(rank) - table + cached) * DTYPE.itemsize)
-        return max(nbytes) / self.bandwidth
-
-    def prefill_seconds(self, partition: Partition, n_tokens: int) -> float:
-        """Multiplying the fullest rank's linears with so many tokens; tables and attention's own products left out."""
-        args = partition.args
-        tables = 1 if args.tied else 2
-        linears = max(
-            partition.rank_params(rank) - tables * args.dim * len(partition.vocab[rank])
-            for rank in range(partition.world_size)
-        )
-        return 2 * linears * n_tokens / self.flops
 
 
 def run_report(
@@ -264,10 +165,14 @@ def _stage_lines(stage: Stage, runs: Sequence[Report], settings: Report) -> list
     return [
         row(what, [f"{size} rank{'s' if size > 1 else ''}" for size in settings["world_sizes"]]),
         row("  collectives", [f"{entry['count']}" for entry in runs]),
-        row("  their bytes", [show_bytes(entry["bytes"]) if entry["bytes"] else "0" for entry in runs]),
+        row("  their bytes", [_bytes(entry["bytes"]) for entry in runs]),
         row("  computing, ms", [f"{entry['compute_seconds'] * 1e3:.2f}" for entry in runs]),
         *(row(f"  {link}: sending, ms", [_cost(entry, link) for entry in runs]) for link in settings["links"]),
     ]
+
+
+def _bytes(nbytes: int) -> str:
+    return show_bytes(nbytes) if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} KB"
 
 
 def _cost(entry: Report, link: str) -> str:

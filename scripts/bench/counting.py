@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from llama.checkpoint.load import materialise
 from llama.config import ModelArgs
 from llama.model import Transformer
 from llama.parallel import groups
@@ -20,8 +21,8 @@ from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import Scheme
-from llama.rope import rope_frequencies
 
+DTYPE = torch.bfloat16  # what 16 bit is counted in
 STAGE = "counted stage"
 # The profiler would tell on stderr when it starts and stops.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -64,15 +65,10 @@ def frozen_shard(args: ModelArgs, dtype: torch.dtype) -> Transformer:
 def empty_shard(partition: Partition, ranks: Ranks, dtype: torch.dtype, scheme: Scheme | None = None) -> Transformer:
     """A rank's shard as it is held, its weights uninitialised: what they are does not change what a run takes."""
     args = partition.args
-    model = Transformer(args, partition, ranks, device="meta", dtype=dtype).requires_grad_(False)
+    model = Transformer(args, partition, ranks, device="meta", dtype=dtype)
     if scheme is not None:
         quantize_layers(model, scheme)
-    model.to_empty(device=ranks.device)
-    if args.tied:
-        embedding, output = model.get_submodule("tok_embeddings"), model.get_submodule("output")
-        for name, parameter in embedding.named_parameters():
-            setattr(output, name, parameter)
-    model.rope_frequencies = rope_frequencies(args, ranks.device)
+    materialise(model, ranks.device)
     return model.eval()
 
 

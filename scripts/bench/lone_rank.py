@@ -40,7 +40,11 @@ class _Done(dist.Work):
         return self._future
 
 
-class CountingGroup(dist.ProcessGroup):
+# Its methods are overloaded; the forms below are those that torch calls.
+_Group: Any = dist.ProcessGroup
+
+
+class CountingGroup(_Group):
     """A process group that counts; a collective that is not written down here raises.
 
     Attributes:
@@ -102,13 +106,14 @@ def alone(rank: int, world_size: int, backend: str = "fake") -> Iterator[Ranks]:
         yield Ranks()
         return
     if backend == "fake":
-        from torch.testing._internal.distributed.fake_pg import FakeStore as Store
-    else:
-        from torch.distributed import HashStore as Store
+        from torch.testing._internal.distributed import fake_pg
 
+        store: Any = fake_pg.FakeStore()
+    else:
+        store = dist.HashStore()
         if not hasattr(dist.Backend, "COUNTING"):
             dist.Backend.register_backend("counting", _make, devices=["cpu"])
-    dist.init_process_group(backend, store=Store(), rank=rank, world_size=world_size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         group = dist.group.WORLD
         yield Ranks(rank, world_size, group, group)

@@ -7,39 +7,29 @@ The engine runs a full batch through prefill and one decode step, as one rank of
 group, and torch's profiler tells of every allocation. Weights are not read from anywhere: their numbers do not change
 what is held. Ranks whose shards have the same sizes are counted once. A GB is 1e9 bytes.
 
-The JSON file is one object:
-
-    date, command, machine   as in `report.py`
-    model           name, n_params (a tied table once), args (every field of ModelArgs)
-    settings        tokens (of a sequence, prompt and completion), group_size (of int4)
-    cases           a list: world_size, batch_size, precision, limit_bytes and ancestor_bytes (of a rank, or null),
-                    planned_bytes (what `llama.checkpoint.plan` says of the fullest rank; null where it cannot), and
-        ranks       one entry for each size of shard: rank (the first that has it), weights, cache, and what prefill and
-                    decode take beyond them, all in bytes; total (the fuller of the two with weights and cache)
-    split           tensor_split, batch_size, precision, ranks (bytes of weights and cache of each), shares (of the sum,
-                    without what every rank holds whole), wanted (shares asked for), unit_bytes (a head group or a block
-                    of the FFN in all layers, whichever is larger), misfit_bytes (how far the furthest rank is off)
+What the JSON file holds stands in `memory_report.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import charts
 import torch
-from counting import empty_shard, held_bytes, peaks
+from counting import DTYPE, empty_shard, held_bytes, peaks
 from lone_rank import alone
-from report import Report, beginning, beginning_lines, write_json
+from memory_report import draw, table
+from report import Report, beginning, write_json
 from weights import model_args
 
 from llama import env
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory
-from llama.checkpoint.plan import GB, Planner, Setting, show_bytes
+from llama.checkpoint.opening import cut_model
+from llama.checkpoint.plan import GB, Planner, Setting
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.console import notice
@@ -53,8 +43,6 @@ from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import FFN_BLOCK, Partition
 from llama.quantization.scheme import Scheme
-
-DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -76,10 +64,6 @@ class Case:
     def scheme(self, group_size: int) -> Scheme | None:
         """How weights are quantized; None where they are not."""
         return None if self.precision == "bf16" else Scheme.create(self.precision, group_size)
-
-    def words(self) -> str:
-        """Such as "4 ranks, batch 32, int4"."""
-        return f"{self.world_size} ranks, batch {self.batch_size}, {self.precision}"
 
 
 CASES = (
@@ -145,10 +129,10 @@ def planned_bytes(args: ModelArgs, case: Case, tokens: int) -> int | None:
 
 def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Report:
     """An entry of `cases`."""
-    notice(f"counting {case.words()}")
+    notice(f"counting {case.world_size} ranks, batch {case.batch_size}, {case.precision}")
     set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
     scheme = case.scheme(group_size)
-    partition = cut(args, case.world_size, scheme)
+    partition = cut_model(args, scheme, case.world_size)
     ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
     return {
         "world_size": case.world_size,
@@ -159,12 +143,6 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
         "planned_bytes": planned_bytes(args, case, tokens),
         "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in ranks],
     }
-
-
-def cut(args: ModelArgs, world_size: int, scheme: Scheme | None) -> Partition:
-    """The partition, whole quantization groups on one rank."""
-    block = None if scheme is None or scheme.block == 1 else scheme.block
-    return Partition.create(args, world_size, ffn_block=block)
 
 
 # -- unequal ranks ---------------------------------------------------------------------------------
@@ -192,99 +170,6 @@ def split_report(args: ModelArgs, tensor_split: str, batch_size: int, tokens: in
         "unit_bytes": max(group, block) * args.n_layers * DTYPE.itemsize,
         "misfit_bytes": round(misfit),
     }
-
-
-# -- for people ------------------------------------------------------------------------------------
-
-COLUMNS = ("weights", "cache", "prefill", "decode", "total")
-
-
-def table(report: Report) -> str:
-    """The report as text of at most about 110 columns."""
-    model, tokens = report["model"], report["settings"]["tokens"]
-    heads = (*COLUMNS, "planned", "limit", "ancestor")
-    return "\n".join(
-        (
-            f"{model['name']}: {model['n_params']:,} parameters, sequences of {tokens} tokens; bytes of a rank, the "
-            "fullest of each case",
-            *beginning_lines(report),
-            "",
-            f"{'':28}" + "".join(f"{head:>10}" for head in heads),
-            *(_row(case) for case in report["cases"]),
-            "",
-            *_split_lines(report["split"]),
-        )
-    )
-
-
-def _row(case: Report) -> str:
-    fullest = max(case["ranks"], key=lambda rank: rank["total"])
-    sizes = [*(fullest[name] for name in COLUMNS), *(case[f"{name}_bytes"] for name in ("planned", "limit", "ancestor"))]
-    cells = "".join(f"{_size(size):>10}" for size in sizes)
-    words = Case(case["world_size"], case["batch_size"], case["precision"]).words()
-    return f"{words:28}{cells}  {_verdict(fullest['total'], case['limit_bytes'])}".rstrip()
-
-
-def _size(nbytes: float | None) -> str:
-    return "–" if nbytes is None else show_bytes(nbytes)
-
-
-def _verdict(total: int, limit: float | None) -> str:
-    if limit is None:
-        return ""
-    return "within" if total <= limit else f"over by {show_bytes(total - limit)}"
-
-
-def _split_lines(split: Report) -> list[str]:
-    ranks = ", ".join(show_bytes(nbytes) for nbytes in split["ranks"])
-    fits = "within one unit" if split["misfit_bytes"] <= split["unit_bytes"] else "more than one unit"
-    return [
-        f"--tensor_split {split['tensor_split']}, batch {split['batch_size']}: weights and cache of the ranks {ranks}",
-        f"{fits} of their weights: off by {show_bytes(split['misfit_bytes'])}, where the larger of a head group and an "
-        f"FFN block has {show_bytes(split['unit_bytes'])}",
-    ]
-
-
-def draw(report: Report, path: str) -> None:
-    """Draw a bar a case, of what it is made of, with its limit and the ancestor's figure."""
-    with charts.panels(path, 1, 2) as rows:
-        for axes in (row[0] for row in rows):
-            for place, case in enumerate(report["cases"]):
-                _draw_case(axes, place, case)
-            words = [Case(c["world_size"], c["batch_size"], c["precision"]).words() for c in report["cases"]]
-            axes.set_yticks(range(len(words)), words)
-            axes.invert_yaxis()
-            axes.set_xlabel("GB of a rank")
-            axes.legend(*_once(axes), frameon=False, fontsize="small")
-        for axes in (row[1] for row in rows):
-            _draw_split(axes, report["split"])
-
-
-def _draw_case(axes: Any, place: int, case: Report) -> None:
-    fullest = max(case["ranks"], key=lambda rank: rank["total"])
-    parts = {"weights": fullest["weights"], "cache": fullest["cache"]}
-    parts["activations"] = max(fullest["prefill"], fullest["decode"])
-    left = 0.0
-    for (name, nbytes), colour in zip(parts.items(), charts.PALETTE, strict=False):
-        axes.barh(place, nbytes / GB, left=left, color=colour, label=name)
-        left += nbytes / GB
-    for name, style in (("limit", "-"), ("ancestor", ":")):
-        if case[f"{name}_bytes"] is not None:
-            at = case[f"{name}_bytes"] / GB
-            axes.plot([at, at], [place - 0.45, place + 0.45], color="black", linestyle=style, label=name)
-
-
-def _once(axes: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    """Handles and labels of a legend, each label once."""
-    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    return list(found.values()), list(found)
-
-
-def _draw_split(axes: Any, split: Report) -> None:
-    axes.bar(range(len(split["ranks"])), [nbytes / GB for nbytes in split["ranks"]], color=charts.PALETTE[0])
-    axes.set_xticks(range(len(split["ranks"])), [f"rank {rank}" for rank in range(len(split["ranks"]))])
-    axes.set_title(f"--tensor_split {split['tensor_split']}")
-    axes.set_ylabel("GB of weights and cache")
 
 
 def main(
@@ -317,7 +202,7 @@ def main(
     geometry = geometry or ("tiny" if quick else "llama-2-7b")
     args, cases = model_args(geometry), QUICK if quick else CASES
     for case in cases:  # raises before anything is counted
-        cut(args, case.world_size, case.scheme(group_size))
+        cut_model(args, case.scheme(group_size), case.world_size)
     split = split_report(args, tensor_split, cases[-1].batch_size, tokens)
     enable()
     report = {
