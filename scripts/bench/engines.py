@@ -100,6 +100,7 @@ class HuggingFaceStatic(HuggingFace):
     cache: Any = None
     shape: tuple[int, int] | None = None
 
+    @torch.inference_mode()
     def _extras(self, batch_size: int, n_prompt: int, most_new: int) -> dict[str, Any]:
         # One cache for all runs: each new one would be recorded anew.
         if self.shape != (batch_size, n_prompt + most_new):
@@ -107,7 +108,7 @@ class HuggingFaceStatic(HuggingFace):
 
             self.shape = (batch_size, n_prompt + most_new)
             self.cache = StaticCache(config=self.model.config, max_cache_len=n_prompt + most_new)
-        elif self.cache is not None:
+        else:
             self.cache.reset()
         return {"past_key_values": self.cache}
 
