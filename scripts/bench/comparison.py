@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import llamacpp
-from engines import PEERS
 from peers import Prompts, Running, Setup, Timing
 from weights import Weights
 
@@ -130,12 +129,12 @@ def gguf_files(comparison: Comparison, weights: Weights, keep_dir: str | None) -
 
 
 def without_what_crashes(setups: Mapping[str, Setup], prompts: Prompts) -> dict[str, Setup]:
-    """The setups, llama.cpp's without its kernels for the matrix units where these crash."""
+    """The setups, llama.cpp's with its kernels for the matrix units only where these do not crash."""
     settled = dict(setups)
     for name, setup in setups.items():
-        if name.startswith("llamacpp") and not llamacpp.amx_works(setup, [prompt[:TRIED] for prompt in prompts]):
-            notice(f"{PEERS[name].label} crashes here with its kernels for the matrix units: run without them")
-            settled[name] = dataclasses.replace(setup, amx=False)
+        if name.startswith("llamacpp"):
+            use = llamacpp.amx_use(setup, [prompt[:TRIED] for prompt in prompts])
+            settled[name] = dataclasses.replace(setup, amx=use)
     return settled
 
 

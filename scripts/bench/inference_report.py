@@ -11,7 +11,8 @@ The JSON file is one object:
                     counted), flops (operations/s of a matrix product in dtype)
     peers           by name ("ours" and "hf"; with precisions "ours_bf16", "ours_int8", "ours_int4"; "hf_static",
                     "llamacpp_bf16", "llamacpp_q8_0", "llamacpp_q4_0"): label, version, dtype, world_size, threads (of
-                    each rank), amx (whether llama.cpp used the matrix units; null for others), load_seconds, and
+                    each rank), amx (when llama.cpp used the matrix units: always, decode or never; null for others;
+                    with decode, its memory is that of two models), load_seconds, and
                     prefill, decode: tokens_per_second {median, min, max}, seconds (every run)
                     memory: peak_bytes, resident_bytes, baseline_bytes, one entry a rank. The peak is the resident set's
                     on a CPU (mapped pages counted), the allocator's on CUDA; the baseline is what was
@@ -219,9 +220,10 @@ def _closing(report: Report) -> list[str]:
     for name, count in report["equal_tokens"].items():
         same = f"all {n_tokens} equal" if count == n_tokens else f"the first {count} of {n_tokens} equal"
         lines.append(f"greedy tokens of {name}: {same}")
-    plain = [peer["label"] for peer in report["peers"].values() if peer["amx"] is False]
-    if plain:
-        lines.append(f"without the kernels for matrix units, which crash here: {', '.join(plain)}")
+    for use, words in (("decode", "prefill without and decode (in a second copy) with"), ("never", "without")):
+        crashing = [peer["label"] for peer in report["peers"].values() if peer["amx"] == use]
+        if crashing:
+            lines.append(f"{', '.join(crashing)}: {words} the kernels for matrix units, which crash on this machine")
     return [*lines, *(f"not run: {what}" for what in report["not_run"])]
 
 

@@ -5,6 +5,8 @@ It needs llama-cpp-python and gguf; nothing here is imported without being asked
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
 import importlib.util
 import multiprocessing
 import time
@@ -35,15 +37,47 @@ def available() -> bool:
 
 
 class LlamaCpp:
-    """llama.cpp through its own C interface, greedy, in one process."""
+    """llama.cpp through its own C interface, greedy, in one process.
+
+    Where its kernels for the matrix units crash on more than one row, as they do on quantized weights in some virtual
+    machines, a model without them prefills and one with them decodes, on a copy of the cache; copying is not timed.
+    """
 
     def load(self, setup: Setup) -> None:
         """Open a GGUF file on the CPU."""
+        self.first = self.later = _Model(setup, amx=setup.amx == "always")
+        if setup.amx == "decode":
+            self.later = _Model(setup, amx=True)
+
+    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
+        """See `Peer.run`; making the context counts as prefill."""
+        length = max(map(len, prompts)) + new_tokens + 1
+        if self.later is not self.first:
+            self.later.begin(len(prompts), length)
+        started = time.perf_counter()
+        self.first.begin(len(prompts), length)
+        rows = [(slot, at, token) for slot, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
+        tokens = [[token] for token in self.first.step(rows, {len(prompt) - 1 for prompt in prompts})]
+        prefill = time.perf_counter() - started
+        if self.later is not self.first:
+            self.first.copy_slots(self.later, len(prompts))
+        started = time.perf_counter()
+        for number in range(new_tokens):
+            rows = [(slot, len(prompt) + number, tokens[slot][-1]) for slot, prompt in enumerate(prompts)]
+            for slot, token in enumerate(self.later.step(rows, None)):
+                tokens[slot].append(token)
+        return Timing(prefill, time.perf_counter() - started, tokens)
+
+
+class _Model:
+    """A model and its context of the shape last asked for."""
+
+    def __init__(self, setup: Setup, amx: bool) -> None:
         self.library, self.threads = library(), setup.threads
         params = self.library.llama_model_default_params()
         params.n_gpu_layers = 0
         # Without these buffers weights are not put in the order of the matrix units.
-        params.use_extra_bufts = setup.amx
+        params.use_extra_bufts = amx
         self.model = self.library.llama_model_load_from_file(setup.folder.encode(), params)
         if not self.model:
             raise LlamaError(f"llama.cpp cannot read {setup.folder}")
@@ -51,20 +85,7 @@ class LlamaCpp:
         self.context: Any = None
         self.shape = (0, 0)
 
-    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; making the context counts as prefill."""
-        started = time.perf_counter()
-        self._begin(len(prompts), max(map(len, prompts)) + new_tokens + 1)
-        rows = [(slot, at, token) for slot, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
-        tokens = [[token] for token in self._step(rows, {len(prompt) - 1 for prompt in prompts})]
-        first = time.perf_counter()
-        for number in range(new_tokens):
-            rows = [(slot, len(prompt) + number, tokens[slot][-1]) for slot, prompt in enumerate(prompts)]
-            for slot, token in enumerate(self._step(rows, None)):
-                tokens[slot].append(token)
-        return Timing(first - started, time.perf_counter() - first, tokens)
-
-    def _begin(self, n_slots: int, length: int) -> None:
+    def begin(self, n_slots: int, length: int) -> None:
         """An empty context of so many sequences of so many tokens."""
         shape = (n_slots, -(-length // CONTEXT_STEP) * CONTEXT_STEP)
         if self.context is not None and shape == self.shape:
@@ -79,7 +100,7 @@ class LlamaCpp:
         if not self.context:
             raise LlamaError(f"llama.cpp has no room for {n_slots} sequences of {length} tokens")
 
-    def _step(self, rows: Sequence[tuple[int, int, int]], ends: set[int] | None) -> list[int]:
+    def step(self, rows: Sequence[tuple[int, int, int]], ends: set[int] | None) -> list[int]:
         """Run (slot, position, token) rows; the best next token after each whose position is in `ends` (None: all)."""
         chosen: list[int] = []
         for part in (rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)):
@@ -102,6 +123,15 @@ class LlamaCpp:
 
         logits = self.library.llama_get_logits_ith(self.context, number)
         return int(np.ctypeslib.as_array(logits, shape=(self.n_vocab,)).argmax())
+
+    def copy_slots(self, other: _Model, n_slots: int) -> None:
+        """Give `other` the keys and values of the first slots."""
+        for slot in range(n_slots):
+            size = self.library.llama_state_seq_get_size(self.context, slot)
+            state = (ctypes.c_uint8 * size)()
+            self.library.llama_state_seq_get_data(self.context, state, size, slot)
+            if not self.library.llama_state_seq_set_data(other.context, state, size, slot):
+                raise LlamaError("llama.cpp could not copy its cache")
 
 
 @cache
@@ -196,8 +226,18 @@ def _quantize(source: Path, target: Path, number: int) -> None:
 # -- what works here -------------------------------------------------------------------------------
 
 
-def amx_works(setup: Setup, prompts: Prompts) -> bool:
-    """Whether llama.cpp survives its kernels for the matrix units: in some virtual machines they crash."""
+def amx_use(setup: Setup, prompts: Prompts) -> str:
+    """When llama.cpp can use its kernels for the matrix units here: "always", on one row at a time ("decode"), or not.
+
+    They are tried in a process of their own, which a crash ends.
+    """
+    if _works(setup, prompts):
+        return "always"
+    one_row = len(prompts) == 1 and _works(setup, [prompts[0][:1]])
+    return "decode" if one_row else "never"
+
+
+def _works(setup: Setup, prompts: Prompts) -> bool:
     process = multiprocessing.get_context("spawn").Process(target=_try, args=(setup, prompts))
     process.start()
     process.join()
@@ -206,5 +246,5 @@ def amx_works(setup: Setup, prompts: Prompts) -> bool:
 
 def _try(setup: Setup, prompts: Prompts) -> None:
     peer = LlamaCpp()
-    peer.load(setup)
+    peer.load(dataclasses.replace(setup, amx="always"))
     peer.run(prompts, 1)
