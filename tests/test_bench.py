@@ -1,5 +1,6 @@
-"""The benchmarks as a person starts it, on toy models: what it prints and writes, and that its peers agree."""
+"""The benchmarks as a person starts them, on toy models: what it prints and writes, and that its peers agree."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from support import hf_model, write_meta
+
+from llama.errors import LlamaError
 
 pytestmark = pytest.mark.slow
 
@@ -84,10 +87,18 @@ def test_a_meta_checkpoint_on_two_ranks(root: Path, tmp_path: Path) -> None:
     assert report["same_tokens"] is True
 
 
-def test_a_mistake_is_told_in_one_line(root: Path) -> None:
-    run = bench(root, "--quick", "--world_size", "9", "--device", "cpu")
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("inference", ("--world_size", "9", "--device", "cpu"), "9 ranks but only 8 attention heads"),
+        ("collectives", ("--world_sizes", "1,9"), "9 ranks but only 8 attention heads"),
+        ("memory", ("--geometry", "7B"), "no published geometry is called '7B'"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(root: Path, script: str, flags: tuple[str, ...], words: str) -> None:
+    run = bench(root, "--quick", *flags, script=script)
     assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith("error: 9 ranks but only 8 attention heads")
+    assert run.stderr.splitlines()[-1].startswith(f"error: {words}")
     assert "Traceback" not in run.stderr
 
 
@@ -98,7 +109,7 @@ def test_a_mistake_is_told_in_one_line(root: Path) -> None:
         ("inference", ("--precisions", "int4", "--group_size", "48"), "group_size 48 is not one of 32, 64, 128"),
         ("inference", ("--peers", "vllm"), "--peers 'vllm' is not one of hf, hf_static, llamacpp"),
         ("inference", ("--compile", "maybe"), "--compile 'maybe' is not one of auto, on, off"),
-        ("inference", ("--scaling", "--threads", "1"), "--scaling compares one rank of N threads with N ranks"),
+        ("inference", ("--scaling", "yes", "--threads", "1"), "--scaling compares one rank of N threads with N ranks"),
         ("memory", ("--tokens", "2"), "tokens must be at least 3"),
         ("memory", ("--tensor_split", "3,x"), "tensor_split '3,x' is not a list of numbers"),
         ("collectives", ("--links", "string"), "no link is called 'string'"),
@@ -107,9 +118,13 @@ def test_a_mistake_is_told_in_one_line(root: Path) -> None:
     ],
 )
 def test_bad_arguments(root: Path, script: str, flags: tuple[str, ...], words: str) -> None:
-    run = bench(root, "--quick", *flags, script=script)
-    assert run.returncode == 2
-    assert run.stderr.splitlines()[-1].startswith(f"error: {words}")
+    # What a command makes of a LlamaError is the test before this one's.
+    main = importlib.import_module(script).main
+    values = dict(zip(flags[::2], flags[1::2], strict=True))
+    typed = {name.removeprefix("--"): int(value) if value.isdecimal() else value for name, value in values.items()}
+    with pytest.raises(LlamaError) as told:
+        main(quick=True, **typed)
+    assert str(told.value).startswith(words)
 
 
 def test_memory(root: Path, tmp_path: Path) -> None:
