@@ -18,7 +18,8 @@ def main(
     max_seq_len: int = 512, max_batch_size: int = 32, max_gen_len: int | None = None, seed: int = 1,
     dtype: str = "auto", device: str = "auto", threads: int | None = None, tensor_split: str | None = None,
     quantize: str | None = None, group_size: int | None = None,
-    quantize_output: str | None = None, quantize_embedding: str | None = None,
+    quantize_output: str | None = None, quantize_embedding: str | None = None, offload_layers: int = 0,
+    compile: str = "auto",
     chat_format: str = "auto", logprobs: bool = False, echo: bool = False, stream: bool = False,
     interactive: bool = False, output_json: str | None = None, no_plan: bool = False,
 ) -> None:  # fmt: skip
@@ -46,6 +47,8 @@ def main(
         group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
         quantize_output: int8, int4 or none, for the output layer; by default int8.
         quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
+        offload_layers: layers that stay in main memory and are streamed to the card.
+        compile: on, off, or auto for where it pays.
         chat_format: auto, llama2, llama3 or alpaca, for --dialogs.
         logprobs: show log-probabilities.
         echo: show the prompt as part of the completion.
@@ -61,7 +64,8 @@ def main(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device, threads=threads,
         tensor_split=tensor_split, chat_format=chat_format, plan=not no_plan and work, adapter=tuning_ckpt_path,
-        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding),
+        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding), offload_layers=offload_layers,
+        compile=compile,
     )  # fmt: skip
     command.perform(llama, asked, settings, stream)
 

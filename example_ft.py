@@ -18,7 +18,8 @@ def main(
     max_seq_len: int = 512, max_batch_size: int = 32, max_gen_len: int | None = None, seed: int = 1,
     dtype: str = "auto", device: str = "auto", threads: int | None = None, tensor_split: str | None = None,
     quantize: str | None = None, group_size: int | None = None,
-    quantize_output: str | None = None, quantize_embedding: str | None = None,
+    quantize_output: str | None = None, quantize_embedding: str | None = None, offload_layers: int = 0,
+    compile: str = "auto",
     logprobs: bool = False, stream: bool = False,
     interactive: bool = False, output_json: str | None = None, no_plan: bool = False,
 ) -> None:  # fmt: skip
@@ -47,6 +48,8 @@ def main(
         group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
         quantize_output: int8, int4 or none, for the output layer; by default int8.
         quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
+        offload_layers: layers that stay in main memory and are streamed to the card.
+        compile: on, off, or auto for where it pays.
         logprobs: show log-probabilities.
         stream: print tokens as they come, one instruction after another.
         interactive: read instructions from the keyboard.
@@ -62,7 +65,8 @@ def main(
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device,
         tensor_split=tensor_split, threads=threads, plan=not no_plan and work, adapter=tuning_ckpt_path,
-        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding),
+        quantize=Asked(quantize, group_size, quantize_output, quantize_embedding), offload_layers=offload_layers,
+        compile=compile,
     )  # fmt: skip
     command.perform(llama, asked, settings, stream)
 

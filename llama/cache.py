@@ -57,7 +57,15 @@ class KVCache:
             visible: entries that the queries may look at; None for all.
             fresh: the rows start at position 0, so they see nothing but themselves.
         """
-        return CacheView(self, first, self.length if visible is None else visible, fresh)
+        entries = torch.arange(self.length if visible is None else visible, device=self.k[0].device)
+        return CacheView(self, first, entries, fresh)
+
+    def rows(self, first: int, last: int) -> KVCache:
+        """The slots from `first` to `last` as a cache of their own, in the same memory."""
+        part = object.__new__(KVCache)
+        part.k, part.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
+        part.n_slots, part.length = last - first, self.length
+        return part
 
     def begin_with(self, prefix: KVCache) -> None:
         """Copy the entries of a prefix, a cache of one slot, to the start of every slot."""
@@ -71,17 +79,22 @@ class KVCache:
 
 
 class CacheView:
-    """The part of a `KVCache` that one forward pass writes and reads."""
+    """The part of a `KVCache` that one forward pass writes and reads.
 
-    def __init__(self, cache: KVCache, first: int, visible: int, fresh: bool) -> None:
-        self.cache, self.first, self.visible, self.fresh = cache, first, visible, fresh
+    Args:
+        cache, first, fresh: as in `KVCache.view`.
+        entries: indices of the entries that the queries may look at, [S] int64 from 0 on; a tensor, since its
+            length may change from pass to pass without another graph being compiled.
+    """
+
+    def __init__(self, cache: KVCache, first: int, entries: Tensor, fresh: bool) -> None:
+        self.cache, self.first, self.entries, self.fresh = cache, first, entries, fresh
 
     def mask(self, positions: Tensor) -> Tensor | None:
         """Which entries each query sees: [B, 1, T, S] bool; None for plain causal attention."""
         if self.fresh:
             return None
-        entries = torch.arange(self.visible, device=positions.device)
-        return (entries <= positions.unsqueeze(-1)).unsqueeze(1)
+        return (self.entries <= positions.unsqueeze(-1)).unsqueeze(1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Keep k and v, and attend over all that the queries see: see `llama.attention.Context`."""
@@ -97,4 +110,5 @@ class CacheView:
         values[rows, :, positions] = v
         if self.fresh:
             return k.transpose(1, 2), v.transpose(1, 2)
-        return keys[:, :, : self.visible], values[:, :, : self.visible]
+        n_seen = self.entries.shape[0]
+        return keys[:, :, :n_seen], values[:, :, :n_seen]

@@ -28,14 +28,16 @@ ALLOWED = {
     "parallel": {"errors", "env", "config", "kernels"},
     "model": MODEL,
     "quantization": MODEL | {"model"},
+    "copies": {"errors"},
+    "offload": {"errors", "copies", "model"},
     # Text only for what carries the tokenizer and the chat template along: conversion and export.
-    "checkpoint": MODEL | {"model", "quantization", "geometries", "tokenizer", "chat"},
+    "checkpoint": MODEL | {"model", "quantization", "offload", "geometries", "tokenizer", "chat"},
     "tokenizer": {"errors"},
     "chat": TEXT,
     "data": TEXT | {"chat", "console"},
     # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
-    "finetuning": MODEL | {"model", "quantization", "checkpoint", "tokenizer", "data"},
-    "generation": MODEL | {"model", "quantization", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
+    "finetuning": MODEL | {"model", "quantization", "offload", "checkpoint", "tokenizer", "data"},
+    "generation": MODEL | {"model", "quantization", "offload", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }

@@ -13,7 +13,9 @@ from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint, shares_output
 from llama.config import ModelArgs
 from llama.console import is_speaker
+from llama.kernels.pages import prefer_huge_pages
 from llama.model import Transformer
+from llama.offload import offload_blocks
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.layers import quantize_layers
@@ -30,6 +32,7 @@ def load_model(
     ranks: Ranks,
     dtype: torch.dtype,
     scheme: Scheme | None = None,
+    offload_layers: int = 0,
 ) -> Transformer:
     """The model of this rank, its weights read from `checkpoint` straight into place.
 
@@ -40,10 +43,12 @@ def load_model(
         dtype: what the weights that are not quantized are converted to, piece by piece.
         scheme: what to quantize, rounded to the nearest a chunk of rows at a time; the same integers at every world
             size. None for what the checkpoint holds. A quantized one is read as it is.
+        offload_layers: layers that are read into host memory and streamed from there; see `llama.offload`.
 
     Raises:
         CheckpointError: when a file ends early.
         QuantizationError: when groups do not divide the model's rows or the cut; nothing is read then.
+        UsageError: when the model has not so many layers to offload.
     """
     scheme = checkpoint.scheme or scheme
     if scheme is not None:
@@ -52,6 +57,7 @@ def load_model(
     model = Transformer(args, partition, ranks, device="meta", dtype=dtype)
     if scheme is not None:
         quantize_layers(model, scheme)
+    offload_blocks(model.requires_grad_(False), offload_layers)
     materialise(model, ranks.device)
     _fill(model, checkpoint, specs(args, scheme))
     return model.eval()
@@ -89,12 +95,16 @@ def _compared(checkpoint: Checkpoint, scheme: Scheme | None, partition: Partitio
 
 
 def materialise(model: Transformer, device: torch.device | str) -> None:
-    """Give a model that lies on "meta" its memory, uninitialised and frozen; what is shared stays shared."""
+    """Give what of a model lies on "meta" its memory, uninitialised and frozen; what is shared stays shared."""
     placed: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
             if parameter not in placed:
-                placed[parameter] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                memory = torch.empty_like(parameter, device=device)
+                prefer_huge_pages(memory)
+                placed[parameter] = nn.Parameter(memory, requires_grad=False)
             setattr(module, name, placed[parameter])
     model.rope_frequencies = rope_frequencies(model.args, device)
 

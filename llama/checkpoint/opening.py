@@ -14,6 +14,7 @@ from llama.config import ModelArgs
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError, QuantizationError, TokenizerError
+from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.groups import Ranks
@@ -21,6 +22,9 @@ from llama.parallel.partition import Partition
 from llama.quantization.asked import Asked, settle
 from llama.quantization.scheme import Scheme
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+
+# A smaller model decodes in a few milliseconds a token as it is.
+WORTH_KERNELS_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,16 @@ class Opened:
     n_threads: int
     scheme: Scheme | None = None
 
-    def load(self, ranks: Ranks) -> Transformer:
+    def load(self, ranks: Ranks, offload_layers: int = 0) -> Transformer:
         """Read this rank's shard: see `load_model`."""
-        return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme)
+        return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme, offload_layers)
+
+    def prepare_kernels(self) -> None:
+        """Build and load the CPU's own kernels where they gain more than building them takes."""
+        n_bytes = self.partition.rank_params(0) * self.dtype.itemsize
+        serves = self.scheme is not None or self.dtype == torch.bfloat16
+        if self.device.type == "cpu" and serves and n_bytes >= WORTH_KERNELS_BYTES:
+            products.enable()
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""

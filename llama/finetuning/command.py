@@ -30,6 +30,7 @@ from llama.finetuning.targets import resolve_targets
 from llama.finetuning.trainer import Trainer
 from llama.finetuning.workload import workload
 from llama.model import Transformer
+from llama.offload import check_offload, offload_of
 from llama.parallel import groups
 from llama.quantization.asked import Asked
 
@@ -89,6 +90,7 @@ def train(
     seed: int = 1,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    offload_layers: int = 0,
     tp: int | None = None,
     tensor_split: str | None = None,
     dtype: str = "auto",
@@ -137,6 +139,7 @@ def train(
         seed: of the start, the order of the data and dropout.
         activation_checkpointing: compute activations again instead of keeping them.
         compile: compile the parts of the blocks that it pays for.
+        offload_layers: layers streamed from main memory, and computed again in the backward; see docs/offload.md.
         tp: ranks that share one model; the others hold copies and share the batch. By default all.
         tensor_split: weights of the ranks, such as 3,1.
         dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
@@ -153,11 +156,14 @@ def train(
         settings = _settings(locals())
         asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
         _check_ranks(settings, tp)
+        if settings.compile and offload_layers:
+            raise UsageError("--compile and --offload_layers are given together: choose one")
         ckpt_dir, dataset = _sources(ckpt_dir, dataset)
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
         opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads, asked)
         _check_scaling(settings, opened)
+        check_offload(offload_layers, opened.checkpoint.args.n_layers)
         records = read_records(dataset)
         encoded = encode_records(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
@@ -174,7 +180,9 @@ def train(
             check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
-        model = opened.load(ranks)
+        if opened.scheme is not None:
+            opened.prepare_kernels()  # integers are widened by them
+        model = opened.load(ranks, offload_layers)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)
     if settings.activation_checkpointing:
@@ -298,6 +306,9 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
     n = env.world_size()
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
     if is_speaker():
+        offload = offload_of(run.model)
+        if offload is not None:
+            print(offload.words())
         print(
             f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
             f"{launcher} example_ft.py {shlex.join(words)}"

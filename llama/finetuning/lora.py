@@ -25,6 +25,7 @@ from llama.finetuning.targets import check_fits, linears
 from llama.finetuning.trained import Trained, own_part
 from llama.model import Transformer
 from llama.noise import GOLDEN, dropped, mix, noise_key
+from llama.offload import offload_of
 from llama.parallel.collectives import reduce_from_ranks
 
 
@@ -64,14 +65,16 @@ class _LoraLinear(nn.Module):
         a, b: the whole matrices, [r, in_features] and [out_features, r]; this rank's part is copied.
         scaling: of the update.
         dropout: in training; None for none.
+        device: where it is computed, which is not where an offloaded base lies.
     """
 
     cut_dims: tuple[int | None, int | None]  # of A and of B
 
-    def __init__(self, base: Any, a: Tensor, b: Tensor, scaling: float, dropout: _Dropout | None) -> None:
+    def __init__(
+        self, base: Any, a: Tensor, b: Tensor, scaling: float, dropout: _Dropout | None, device: torch.device
+    ) -> None:
         super().__init__()
         self.base, self.scaling, self._dropout = base, scaling, dropout
-        device = base.weight.device
         parts = [own_part(whole, dim, base.cuts, base.ranks) for whole, dim in zip((a, b), self.cut_dims, strict=True)]
         # Copies: the caller keeps its matrices, and no part drags the whole along.
         self.a, self.b = (
@@ -189,7 +192,10 @@ class Lora:
                 raise AdapterError(f"{name} is quantized: fold the adapter in before quantizing, or run it unmerged")
         for module in self._modules.values():
             weight = module.base.weight
-            weight.copy_(fold(weight, module.a, module.b, module.scaling))
+            a, b = (part.to(weight.device) for part in (module.a, module.b))  # of a layer that is offloaded
+            weight.copy_(fold(weight, a, b, module.scaling))
+        if (offload := offload_of(self._model)) is not None:
+            offload.forget()
         self.detach()
 
 
@@ -281,7 +287,7 @@ def _attach(model: Transformer, frame: LoraAdapter, pairs: Pairs, seed: int) -> 
         features = base.own if kind is RowLora else range(base.in_features)
         key = noise_key(seed, numbers[name], 1)
         dropout = _Dropout(frame.dropout, key, step, features) if frame.dropout else None
-        modules[name] = kind(base, a, b, frame.scaling, dropout)
+        modules[name] = kind(base, a, b, frame.scaling, dropout, step.device)
         _replace(model, name, modules[name])
     return Lora(model, modules, frame, step)
 

@@ -7,14 +7,17 @@ import functools
 from torch.utils.checkpoint import checkpoint
 
 from llama.model import Transformer
+from llama.offload import is_offloaded
 
 
 def checkpoint_blocks(model: Transformer) -> None:
     """Keep only each block's input for the backward, and compute the rest of it again there (arXiv:1604.06174).
 
-    Costs a second forward pass and its collectives.
+    Costs a second forward pass and its collectives. Blocks that are offloaded do so by themselves.
     """
     for block in model.layers:
+        if is_offloaded(block):
+            continue
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llama.cache import PREFILL_TOKENS, KVCache
-from llama.generation.sampling import Batch, Sampling, sample
+from llama.generation.sampling import Batch, Sampling, chosen, sample
+from llama.generation.steps import Compile, Steps
 from llama.model import Transformer
 from llama.parallel.vocab import log_probs_of
 
@@ -94,6 +95,26 @@ class _Row:
     finished: bool = False
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A decode step that was started; what it chose may not be known here yet.
+
+    Args:
+        rows: for which it was started.
+        packed: what was chosen for them, on the device; see `sampling.chosen`.
+    """
+
+    rows: tuple[_Row, ...]
+    packed: Tensor
+
+    def tokens_of(self, rows: Sequence[_Row]) -> Tensor:
+        """What was chosen for some of its rows, [B, 1] int64."""
+        places = {id(row): place for place, row in enumerate(self.rows)}
+        order = [places[id(row)] for row in rows]
+        tokens = chosen(self.packed)[0].unsqueeze(1)
+        return tokens if order == list(range(len(self.rows))) else tokens[order]
+
+
 @dataclass
 class Engine:
     """Runs requests on one model. Every rank runs the same requests and sees the same events.
@@ -103,12 +124,24 @@ class Engine:
         n_drawable: token ids from here on are padding and never chosen.
         prefix: keys and values of what stands before every prompt, such as a soft prompt: a full cache of
             one slot. Prompts take the positions behind it.
+        compile: see `Steps`.
+        look_ahead: whether the next step is started before the host has seen what the last one chose, so that a
+            card never waits for the host; None for where there is a card. A row that turns out to have ended has
+            then made one step too many, whose token is dropped.
     """
 
     model: Transformer
     n_drawable: int
     prefix: KVCache | None = None
+    compile: Compile = "off"
+    look_ahead: bool | None = None
     stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.model, self.compile)
+        if self.look_ahead is None:
+            self.look_ahead = self.model.ranks.device.type == "cuda"
+        self._ahead: _Step | None = None
 
     @property
     def n_prefix(self) -> int:
@@ -124,6 +157,8 @@ class Engine:
         cache = self.model.new_cache(n_slots, self.n_prefix + length)
         if self.prefix is not None:
             cache.begin_with(self.prefix)
+        self.steps.announce(_fewest_steps(waiting, n_slots))
+        self._ahead = None
         while waiting or rows:
             if waiting and len(rows) < n_slots:
                 admitted = self._next_group(waiting, n_slots - len(rows))
@@ -131,7 +166,7 @@ class Engine:
                 rows += new
                 yield from self._prefill(new, cache, len(rows) - len(new))
             else:
-                yield from self._decode(rows, cache)
+                yield from self._decode(rows, cache, more_come=bool(waiting))
             rows = _leave(rows, cache)
 
     def _next_group(self, waiting: deque[Request], n_free: int) -> list[Request]:
@@ -163,8 +198,7 @@ class Engine:
             stop = min(start + PREFILL_TOKENS, n_tokens)
             begin, end = self.n_prefix + start, self.n_prefix + stop
             positions = torch.arange(begin, end, device=device).expand(len(rows), -1)
-            view = cache.view(first, visible=end, fresh=begin == 0)
-            chunk = self.model.hidden(tokens[:, start:stop], positions=positions, cache=view)
+            chunk = self.steps.fill(tokens[:, start:stop], positions, cache, first, end, fresh=begin == 0)
             inside = (last >= start) & (last < stop)
             at = (last - start).clamp(0, stop - start - 1)
             hidden = torch.where(inside.unsqueeze(-1), chunk[torch.arange(len(rows), device=device), at], hidden)
@@ -210,29 +244,41 @@ class Engine:
         return torch.cat(scores, dim=1) if scores else torch.empty(targets.shape, device=hidden.device)
 
     @torch.inference_mode()
-    def _decode(self, rows: list[_Row], cache: KVCache) -> list[Event]:
+    def _decode(self, rows: list[_Row], cache: KVCache, more_come: bool) -> list[Event]:
         """One token for every row."""
         started = time.perf_counter()
-        device = self.model.ranks.device
-        tokens = torch.tensor([[row.token] for row in rows], device=device)
-        positions = torch.tensor([[row.position] for row in rows], device=device)
+        step, self._ahead = self._ahead, None
+        if step is None:
+            tokens = torch.tensor([[row.token] for row in rows], device=self.model.ranks.device)
+            step = self._start_step(rows, tokens, cache)
+        # While prompts wait, rows that end make room for them first.
+        if self.look_ahead and not more_come and all(row.n_new + 1 < row.request.max_new for row in rows):
+            self._ahead = self._start_step(rows, step.tokens_of(rows), cache)
+        found = zip(step.rows, _on_host(step.packed), strict=True)
+        # A row may have ended after the step was started.
+        events = [self._take(row, *pair) for row, pair in found if not row.finished]
+        self.stats.decode_tokens += len(events)
+        self.stats.decode_seconds += time.perf_counter() - started
+        return events
+
+    def _start_step(self, rows: Sequence[_Row], tokens: Tensor, cache: KVCache) -> _Step:
+        """Run `tokens` [B, 1] of the rows and choose what follows; nothing waits for the result here."""
+        positions = torch.tensor([[row.position] for row in rows], device=tokens.device)
         visible = 1 + max(row.position for row in rows)
-        hidden = self.model.hidden(tokens, positions=positions, cache=cache.view(visible=visible))
+        logits = self.steps.decode(tokens, positions, cache, visible)
         for row in rows:
             row.position += 1
-        chosen = self._choose(rows, hidden[:, -1])
-        self.stats.decode_tokens += len(rows)
-        self.stats.decode_seconds += time.perf_counter() - started
-        return [self._take(row, *pair) for row, pair in zip(rows, chosen, strict=True)]
+        return _Step(tuple(rows), self._sample(rows, logits))
 
     def _choose(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, float]]:
         """The next token of each row and its log-probability, from hidden [B, E]."""
+        return _on_host(self._sample(rows, self.model.logits(hidden)))
+
+    def _sample(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
+        """The next token of each row, from logits [B, V']: see `sampling.sample`."""
         ways = [(row.request.sampling, row.request.noise_index, row.position) for row in rows]
-        batch = Batch.create(ways, hidden.device)
-        tokens, log_probs = sample(
-            self.model.logits(hidden), batch, self.model.partition.vocab, self.n_drawable, self.model.ranks
-        )
-        return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
+        batch = Batch.create(ways, logits.device)
+        return sample(logits, batch, self.model.partition.vocab, self.n_drawable, self.model.ranks)
 
     def _take(self, row: _Row, token: int, log_prob: float) -> Event:
         """Give a row its new token; decide whether it ends there."""
@@ -248,6 +294,18 @@ class Engine:
             reason = "length"
         row.finished = reason is not None
         return Event(request.index, token, log_prob, reason)
+
+
+def _fewest_steps(requests: Sequence[Request], n_slots: int) -> int:
+    """Decode steps that are needed for so many slots, if no text ends early."""
+    lengths = [max(0, request.max_new - 1) for request in requests]
+    return max([0, *lengths, sum(lengths) // max(1, n_slots)])
+
+
+def _on_host(packed: Tensor) -> list[tuple[int, float]]:
+    """What was chosen for each row: token and log-probability."""
+    tokens, log_probs = chosen(packed.cpu())
+    return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
 
 
 def _leave(rows: list[_Row], cache: KVCache) -> list[_Row]:

@@ -25,8 +25,10 @@ from llama.finetuning.lora import load_lora
 from llama.generation.adapted import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
 from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
+from llama.generation.steps import Compile, settle_mode
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
+from llama.offload import check_offload, offload_of
 from llama.parallel import groups
 from llama.quantization.asked import Asked
 from llama.quantization.scheme import Scheme
@@ -101,6 +103,7 @@ class Llama:
         seed: of the sampling noise, unless a call brings its own.
         chat: how dialogs become tokens; None for the format that the tokenizer shows.
         prefix: what stands before every prompt; see `Engine`. It does not count for `max_seq_len`.
+        compile: see `Engine`.
     """
 
     def __init__(
@@ -113,11 +116,12 @@ class Llama:
         seed: int = 1,
         chat: ChatFormat | None = None,
         prefix: KVCache | None = None,
+        compile: Compile = "off",
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
         self.format = choose_format("auto", tokenizer) if chat is None else chat
-        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix)
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix, compile)
 
     @classmethod
     def build(
@@ -136,6 +140,8 @@ class Llama:
         plan: bool | Workload = True,
         adapter: str | Path | Adapter | None = None,
         quantize: Scheme | Asked | str | None = None,
+        offload_layers: int = 0,
+        compile: str = "auto",
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
@@ -160,6 +166,9 @@ class Llama:
                 here, and does not count for `max_seq_len`.
             quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
                 checkpoint holds.
+            offload_layers: layers that stay in main memory and are streamed to the device; see `llama.offload`.
+            compile: "on", "off", or "auto" for where it pays; see `llama.generation.steps.Steps`. "off" does without
+                the kernels of `llama.kernels` too.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
@@ -171,6 +180,8 @@ class Llama:
                 ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads, quantize
             )
             tokenizer, args = opened.tokenizer, opened.checkpoint.args
+            check_offload(offload_layers, args.n_layers)
+            mode = settle_mode(compile, offload_layers)
             chat = choose_format(chat_format, tokenizer)
             adapter = settle_adapter(adapter, args)
         with groups.phase("plan"):
@@ -182,14 +193,16 @@ class Llama:
                 check_fit(args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected)
         ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
-            model = opened.load(ranks)
+            if mode != "off":
+                opened.prepare_kernels()
+            model = opened.load(ranks, offload_layers)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)
         # The ranks compute it together: only once each of them has its shard.
         prefix = prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
         llama = cls(
             model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-            chat=chat, prefix=prefix,
+            chat=chat, prefix=prefix, compile=mode,
         )  # fmt: skip
         notice(opened.describe(time.perf_counter() - started) + describe_adapter(adapter))
         return llama
@@ -413,11 +426,13 @@ class Llama:
         stats = self.engine.stats
         peaks = groups.gather_objects(peak_memory(self.model.ranks.device))
         memory = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
+        offload = offload_of(self.model)
         return (
             f"prefill {stats.prefill_tokens} tokens in {stats.prefill_seconds:.2f} s "
             f"({_rate(stats.prefill_tokens, stats.prefill_seconds)}), "
             f"decode {stats.decode_tokens} tokens in {stats.decode_seconds:.2f} s "
             f"({_rate(stats.decode_tokens, stats.decode_seconds)}); peak memory per rank {memory} GB"
+            + ("" if offload is None else f"; {offload.words()}")
         )
 
 

@@ -130,7 +130,12 @@ class Candidates:
     log_norm_scaled: Tensor  # of the drawable logits over temperature
 
 
-def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def chosen(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """What `sample` chose: tokens [B] int64 and their log-probabilities [B] float32 under the unscaled model."""
+    return packed[0].to(torch.int64), packed[1].view(torch.float32)
+
+
+def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int, ranks: Ranks) -> Tensor:
     """Choose one token a row.
 
     Args:
@@ -141,8 +146,8 @@ def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int,
         ranks: those that share the model.
 
     Returns:
-        Tokens [B] int64 and their log-probabilities [B] float32 under the unscaled model, the same on
-        every rank.
+        What `chosen` takes apart, [2, B] int32: one tensor, so that one transfer brings it to the host. It is the
+        same on every rank.
     """
     own = cuts[ranks.rank]
     ids = torch.arange(own.start, own.stop, device=logits.device)
@@ -159,10 +164,10 @@ def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int,
     widest = max(len(cut) for cut in cuts)
     for count in batch.n_candidates:
         found = _gather_candidates(scores, drawable, ids, norms, count or widest, widest, ranks)
-        chosen, covered = _choose(found, batch)
+        best, covered = _choose(found, batch)
         if count is None or count >= widest or bool(covered.all()):
             break
-    picked = chosen.unsqueeze(-1)
+    picked = best.unsqueeze(-1)
     tokens = found.ids.gather(-1, picked).squeeze(-1)
     log_probs = found.logits.gather(-1, picked).squeeze(-1) - found.log_norm
     return _from_rank_0(tokens, log_probs, ranks)
@@ -210,10 +215,9 @@ def _choose(found: Candidates, batch: Batch) -> tuple[Tensor, Tensor]:
     return chosen, covered
 
 
-def _from_rank_0(tokens: Tensor, log_probs: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _from_rank_0(tokens: Tensor, log_probs: Tensor, ranks: Ranks) -> Tensor:
     """Rank 0's choice on every rank: cards of different make may round differently."""
-    if ranks.world_size == 1:
-        return tokens, log_probs
-    packed = torch.stack((tokens.to(torch.int32), log_probs.view(torch.int32)))
-    dist.broadcast(packed, group=ranks.group, group_src=0)
-    return packed[0].to(torch.int64), packed[1].contiguous().view(torch.float32)
+    packed = torch.stack((tokens.to(torch.int32), log_probs.contiguous().view(torch.int32)))
+    if ranks.world_size > 1:
+        dist.broadcast(packed, group=ranks.group, group_src=0)
+    return packed

@@ -15,6 +15,8 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #if defined(__AVX512F__)
@@ -26,11 +28,23 @@ namespace {
 constexpr int64_t BLOCK = 32;    // columns of int4 that are packed together
 constexpr int64_t TILE = 4;      // rows of x for which a matrix row is widened once
 constexpr int64_t AHEAD = 1024;  // bytes; half of it or three times as much measured slower
+constexpr int64_t RUN = 1 << 16;    // bytes of rows that a thread takes at a time
+constexpr int64_t ALONE = 1 << 16;  // bytes of a matrix for which starting threads costs more than it saves
 
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
 
-// Rows of the matrix that a thread takes at least: below this starting threads costs more than it saves.
-int64_t grain(int64_t columns) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, columns)); }
+// Calls `run(first, last)` for all rows of a matrix, whose rows hold `bytes` each, on all threads. They take runs of
+// rows as they come to them: cores are not equally fast, and other programs want them too.
+template <typename Run>
+void share_rows(int64_t n_rows, int64_t bytes, const Run& run) {
+  const int64_t step = std::max<int64_t>(1, RUN / std::max<int64_t>(1, bytes));
+  const int64_t n_threads = n_rows * bytes < ALONE ? 1 : std::min<int64_t>(at::get_num_threads(), n_rows);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next.fetch_add(step); first < n_rows; first = next.fetch_add(step))
+      run(first, std::min(first + step, n_rows));
+  });
+}
 
 // -- bfloat16: one row of x -----------------------------------------------------------------------------------------
 
@@ -64,7 +78,7 @@ at::Tensor bf16_row(const at::Tensor& x, const at::Tensor& w) {
   const auto* ws = w.const_data_ptr<at::BFloat16>();
   auto* out = y.mutable_data_ptr<at::BFloat16>();
   const int64_t columns = w.size(1);
-  at::parallel_for(0, w.size(0), grain(columns), [&](int64_t first, int64_t last) {
+  share_rows(w.size(0), 2 * columns, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n) out[n] = dot(ws + n * columns, xs, columns);
   });
   return y;
@@ -165,7 +179,7 @@ void dot_int4(const uint8_t* w, const at::BFloat16* scales, const float* x, int6
 
 // Calls `dot.operator()<M>(row, x, sums)` for every row of the matrix and every tile of rows of x; y[m, n] is a sum.
 template <typename Dot>
-at::Tensor products(const at::Tensor& x, int64_t n_rows, const Dot& dot) {
+at::Tensor products(const at::Tensor& x, int64_t n_rows, int64_t row_bytes, const Dot& dot) {
   const int64_t columns = x.size(-1), n_x = x.numel() / columns;
   const auto wide = x.to(at::kFloat).contiguous();
   auto shape = x.sizes().vec();
@@ -173,7 +187,7 @@ at::Tensor products(const at::Tensor& x, int64_t n_rows, const Dot& dot) {
   auto y = at::empty(shape, wide.options());
   const float* xs = wide.const_data_ptr<float>();
   float* out = y.mutable_data_ptr<float>();
-  at::parallel_for(0, n_rows, grain(columns), [&](int64_t first, int64_t last) {
+  share_rows(n_rows, row_bytes, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n)
       for (int64_t m = 0; m < n_x; m += TILE) {
         float sums[TILE];
@@ -197,7 +211,7 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   const auto* ws = w.const_data_ptr<int8_t>();
   const float* factors = scales.const_data_ptr<float>();
   const int64_t columns = w.size(1);
-  return products(x, w.size(0), [&]<int M>(int64_t n, const float* at, float* sums) {
+  return products(x, w.size(0), w.size(1), [&]<int M>(int64_t n, const float* at, float* sums) {
     dot_int8<M>(ws + n * columns, at, columns, columns, sums);
     for (int m = 0; m < M; ++m) sums[m] *= factors[n];
   });
@@ -211,7 +225,7 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   const auto* ws = w.const_data_ptr<uint8_t>();
   const auto* factors = scales.const_data_ptr<at::BFloat16>();
   const auto product = [&]<int64_t GROUP>() {
-    return products(x, w.size(0), [&]<int M>(int64_t n, const float* at, float* sums) {
+    return products(x, w.size(0), w.size(1), [&]<int M>(int64_t n, const float* at, float* sums) {
       dot_int4<M, GROUP>(ws + n * columns / 2, factors + n * (columns / GROUP), at, columns, columns, sums);
     });
   };
@@ -245,7 +259,7 @@ at::Tensor int4_values(const at::Tensor& w, const at::Tensor& scales, const at::
   const auto* factors = scales.const_data_ptr<at::BFloat16>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "int4_values", [&] {
     auto* values = out.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, w.size(0), grain(columns), [&](int64_t first, int64_t last) {
+    share_rows(w.size(0), columns, [&](int64_t first, int64_t last) {
       for (int64_t n = first; n < last; ++n)
         widen_int4(ws + n * columns / 2, factors + n * (columns / group), columns, group, values + n * columns);
     });

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from llama.errors import LlamaError
-from llama.generation.sampling import Batch, Sampling, gumbel, sample
+from llama.generation.sampling import Batch, Sampling, chosen, gumbel, sample
 from llama.noise import noise_key
 from llama.parallel import groups
 from llama.parallel.groups import Ranks
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def draw(logits: Tensor, rows: list[tuple[Sampling, int, int]], n_drawable: int | None = None) -> Tensor:
     vocab = logits.shape[-1]
     batch = Batch.create(rows, CPU)
-    return sample(logits, batch, even_ranges(vocab, 1), n_drawable or vocab, Ranks())[0]
+    return chosen(sample(logits, batch, even_ranges(vocab, 1), n_drawable or vocab, Ranks()))[0]
 
 
 def random_logits(rows: int, vocab: int, seed: int = 0, spread: float = 2.0) -> Tensor:
@@ -84,7 +84,7 @@ def test_padding_of_the_vocabulary_is_never_drawn() -> None:
 def test_log_probabilities_are_of_the_unscaled_model() -> None:
     logits = random_logits(4, 50)
     batch = Batch.create([(Sampling(2.0, 0.5, seed=s), 0, 0) for s in range(4)], CPU)
-    tokens, log_probs = sample(logits, batch, even_ranges(50, 1), 50, Ranks())
+    tokens, log_probs = chosen(sample(logits, batch, even_ranges(50, 1), 50, Ranks()))
     expected = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(log_probs, expected, atol=1e-6, rtol=0)
 
@@ -100,7 +100,7 @@ def draw_on_ranks(logits: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]
     cuts = weighted_ranges(logits.shape[-1], weights, 4)
     own = cuts[ranks.rank]
     batch = Batch.create([(MIXED[row % len(MIXED)], row, 3) for row in range(len(logits))], CPU)
-    return sample(logits[:, own.start : own.stop], batch, cuts, logits.shape[-1] - 3, ranks)
+    return chosen(sample(logits[:, own.start : own.stop], batch, cuts, logits.shape[-1] - 3, ranks))
 
 
 @pytest.mark.parametrize("weights", [[1, 1], [5, 1], [1, 1, 1], [1, 1, 1, 1], [3, 1, 2, 1]])
