@@ -15,6 +15,10 @@ import torch
 from launch import TIMEOUT_S, environment, run_command
 from support import hf_model, sentencepiece_model, write_hf, write_meta
 
+from llama.checkpoint.quantize import quantize_checkpoint
+from llama.checkpoint.source import open_checkpoint
+from llama.quantization.scheme import Scheme
+
 pytestmark = pytest.mark.slow
 
 # Name of the case: flags, and what the line must say. Paths are those of the fixture `folder`.
@@ -51,8 +55,17 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "max_gen_len": (["--max_gen_len", "-1"], ["max_gen_len", "-1"]),
     "max_seq_len": (["--max_seq_len", "0"], ["max_seq_len", "0"]),
     "max_batch_size": (["--max_batch_size", "-2"], ["max_batch_size", "-2"]),
+    "layers to offload": (["--offload_layers", "3"], ["--offload_layers 3", "2 layers"]),
+    "fewer layers than none": (["--offload_layers", "-1"], ["--offload_layers -1", "2 layers"]),
     "threads": (["--threads", "0"], ["threads", "0"]),
     "dtype": (["--dtype", "int8"], ["'int8'", "auto, fp32, bf16, fp16"]),
+    "no such precision": (["--quantize", "int3"], ["--quantize 'int3'", "int8, int4"]),
+    "no such group": (["--quantize", "int4", "--group_size", "48"], ["group_size 48", "32, 64, 128"]),
+    "a group of nothing": (["--group_size", "64"], ["--group_size needs --quantize"]),
+    "a group of rows": (["--quantize", "int8", "--group_size", "64"], ["--group_size 64", "nothing is int4"]),
+    "groups that do not divide": (["--quantize", "int4"], ["rows of 176", "groups of 32", "use int8"]),
+    "no such output": (["--quantize", "int8", "--quantize_output", "fp8"], ["--quantize_output 'fp8'", "none"]),
+    "quantized otherwise": (["--ckpt_dir", "int8", "--quantize", "int4"], ["int8 is quantized already", "original"]),
     "no such device": (["--device", "cuda"], ["no CUDA card", "--device cpu"]),
     "no such kind of device": (["--device", "tpu"], ["'tpu'", "auto, cpu, cuda"]),
     "chat format": (["--chat_format", "llama9"], ["'llama9'", "llama2"]),
@@ -129,6 +142,7 @@ def write_cases(folder: Path) -> None:
     (folder / "noparams" / "params.json").unlink()
     truncated = write_hf(folder / "truncated_hf", model) / "model.safetensors"
     os.truncate(truncated, truncated.stat().st_size - 5000)
+    quantize_checkpoint(open_checkpoint(good), folder / "int8", Scheme.create("int8"))
     write_meta(
         folder / "onehead", hf_model("1", hidden_size=64, num_attention_heads=1, num_key_value_heads=1, head_dim=64)
     )

@@ -108,7 +108,7 @@ def test_a_mistake_is_told_in_one_line(root: Path, script: str, flags: tuple[str
         ("inference", ("--precisions", "bf16,int3"), "--precisions 'int3' is not one of fp32, fp16, bf16, int8, int4"),
         ("inference", ("--precisions", "int4", "--group_size", "48"), "group_size 48 is not one of 32, 64, 128"),
         ("inference", ("--peers", "vllm"), "--peers 'vllm' is not one of hf, hf_static, llamacpp"),
-        ("inference", ("--compile", "maybe"), "--compile 'maybe' is not one of auto, on, off"),
+        ("inference", ("--compile", "maybe"), "compile 'maybe' is not one of auto, on, off"),
         ("inference", ("--scaling", "yes", "--threads", "1"), "--scaling compares one rank of N threads with N ranks"),
         ("memory", ("--tokens", "2"), "tokens must be at least 3"),
         ("memory", ("--tensor_split", "3,x"), "tensor_split '3,x' is not a list of numbers"),

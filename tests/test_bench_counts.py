@@ -13,7 +13,8 @@ import memory
 import pytest
 import torch
 import torch.distributed as dist
-from counting import empty_shard, frozen_shard, held_bytes, peaks
+from allocations import empty_shard, held_bytes, peaks
+from counting import frozen_shard
 from links import LINKS, Link, parse_links, seconds
 from lone_rank import alone
 from torch.profiler import ProfilerActivity, profile

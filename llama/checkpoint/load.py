@@ -13,6 +13,7 @@ from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint, shares_output
 from llama.config import ModelArgs
 from llama.console import is_speaker
+from llama.errors import CheckpointError
 from llama.kernels.pages import prefer_huge_pages
 from llama.model import Transformer
 from llama.offload import offload_blocks
@@ -46,7 +47,7 @@ def load_model(
         offload_layers: layers that are read into host memory and streamed from there; see `llama.offload`.
 
     Raises:
-        CheckpointError: when a file ends early.
+        CheckpointError: when a file ends early, or contradicts itself.
         QuantizationError: when groups do not divide the model's rows or the cut; nothing is read then.
         UsageError: when the model has not so many layers to offload.
     """
@@ -129,7 +130,11 @@ def _read_quantized(
     model: Transformer, checkpoint: Checkpoint, spec: Spec, packed: torch.Tensor, scales: torch.Tensor
 ) -> None:
     """Round this rank's part of a matrix of numbers into its integers and scales."""
-    assert spec.form is not None
+    if spec.form is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {spec.name} is held as the output layer's own integers, but the two differ: "
+            "quantize the original checkpoint again"
+        )
     source = checkpoint.tensors[spec.name]
     part = source.spec.own(model.partition, model.ranks.rank)
     for rows, integers, sizes in quantized_chunks(source, spec.form, part, packed.device):

@@ -13,7 +13,7 @@ from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.config import ModelArgs
 from llama.console import notice
 from llama.device import choose_device, choose_dtype, set_threads
-from llama.errors import LlamaError, QuantizationError, TokenizerError
+from llama.errors import LlamaError, TokenizerError
 from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
@@ -53,9 +53,8 @@ class Opened:
 
     def prepare_kernels(self) -> None:
         """Build and load the CPU's own kernels where they gain more than building them takes."""
-        n_bytes = self.partition.rank_params(0) * self.dtype.itemsize
         serves = self.scheme is not None or self.dtype == torch.bfloat16
-        if self.device.type == "cpu" and serves and n_bytes >= WORTH_KERNELS_BYTES:
+        if self.device.type == "cpu" and serves and kernels_pay(self.partition, self.dtype.itemsize):
             products.enable()
 
     def describe(self, seconds: float) -> str:
@@ -97,6 +96,8 @@ def open_model(
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
     scheme = settle(quantize, checkpoint.scheme, shown(checkpoint.path))
+    if scheme is not None and checkpoint.args.tied and scheme.embedding not in (None, scheme.output):
+        notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(checkpoint.args, scheme, groups.model_size(model_parallel_size), tensor_split)
     chosen_dtype = choose_dtype(dtype, chosen_device, checkpoint.dtype, checkpoint.args.n_unique_params)
     return Opened(checkpoint, tokenizer, partition, chosen_device, chosen_dtype, n_threads, scheme)
@@ -114,13 +115,14 @@ def cut_model(
     if scheme is None:
         return Partition.create(args, n_ranks, tensor_split)
     scheme.check(args)
-    if args.tied and scheme.embedding not in (None, scheme.output):
-        raise QuantizationError(
-            "this model's embedding is its output layer: it follows --quantize_output, leave --quantize_embedding out"
-        )
     partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
     check_cuts(args, scheme, partition)
     return partition
+
+
+def kernels_pay(partition: Partition, itemsize: int) -> bool:
+    """Whether a model is large enough for kernels to gain more than building them takes."""
+    return partition.rank_params(0) * itemsize >= WORTH_KERNELS_BYTES
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

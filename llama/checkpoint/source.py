@@ -219,9 +219,10 @@ def _stored_scheme(path: Path) -> Scheme | None:
 def _settle_quantized_tie(args: ModelArgs, scheme: Scheme, shard: Mapping[str, StoredTensor]) -> ModelArgs:
     """A tied embedding is held as the output layer is; one that is held otherwise has been set apart from it."""
     form = scheme.form(EMBEDDING, args)
-    if not args.tied or form is None or EMBEDDING not in shard or shard[EMBEDDING].dtype == form.dtype:
+    if not args.tied or EMBEDDING not in shard:
         return args
-    return dataclasses.replace(args, tied=False)
+    fits = _may_be(shard[EMBEDDING].dtype, None if form is None else form.dtype)
+    return args if fits else dataclasses.replace(args, tied=False)
 
 
 def _may_lack(name: str, args: ModelArgs) -> bool:

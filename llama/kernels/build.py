@@ -40,6 +40,11 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
+def can_build() -> bool:
+    """Whether this machine has what it takes to build the kernels."""
+    return platform.system() != "Windows" and compiler() is not None
+
+
 @cache
 def load_kernels() -> bool:
     """Whether the kernels are there, built now if they were not; says in one line why they are not."""

@@ -95,6 +95,7 @@ class _PackedLinear(torch.autograd.Function):
         for rows in _pieces(packed):
             part = grad[..., rows] @ values(packed[rows], scales[rows], grad.dtype)
             total = part if total is None else total.add_(part)
+            del part  # before the next one is made
         assert total is not None
         return total, None, None
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import charts
 import torch
-from counting import DTYPE, empty_shard
+from allocations import DTYPE, empty_shard
 from links import Link, Machine, parse_links, seconds
 from lone_rank import Calls, alone
 from report import Report, beginning, beginning_lines, sizes, write_json
@@ -145,7 +145,11 @@ def table(report: Report) -> str:
         runs = [entry for entry in report["runs"] if (entry["stage"], entry["batch_size"]) == stage]
         lines += ["", *_stage_lines(stage, runs, settings)]
     strangers = [entry for entry in report["runs"] if not entry["expected"]]
-    lines += ["", "every run: two all-reduces a layer, one for the embedding, the sampler's two, nothing else"]
+    lines += [
+        "",
+        "×: speed over one rank; below 1 the model runs faster on one card, where it fits",
+        "every run: two all-reduces a layer, one for the embedding, the sampler's two, nothing else",
+    ]
     if strangers:
         lines[-1] = f"{len(strangers)} runs ask for something else than two all-reduces a layer, embedding and sampler"
     return "\n".join(lines)
@@ -172,7 +176,7 @@ def _stage_lines(stage: Stage, runs: Sequence[Report], settings: Report) -> list
 
 
 def _bytes(nbytes: int) -> str:
-    return show_bytes(nbytes) if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} KB"
+    return show_bytes(nbytes) if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} KB" if nbytes else "0"
 
 
 def _cost(entry: Report, link: str) -> str:

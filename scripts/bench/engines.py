@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import torch
-from llamacpp import LlamaCpp
+from llamacpp import LlamaCpp, Numbered
 from peers import Kind, Prompts, Setup, Timing, synchronize
 
 from llama.device import DTYPES, choose_device
@@ -18,21 +18,21 @@ class Ours:
     """Our engine, on any number of ranks."""
 
     def load(self, setup: Setup) -> None:
-        """Open the checkpoint and read this rank's shard, quantizing where that is wanted."""
-        from llama.checkpoint.load import load_model
-        from llama.checkpoint.opening import cut_model
+        """Open the checkpoint and read this rank's shard, quantizing where that is wanted, as `Llama.build` does."""
+        from llama.checkpoint.opening import Opened, cut_model
         from llama.checkpoint.source import open_checkpoint
         from llama.generation.engine import Engine
-        from llama.kernels.products import enable
+        from llama.generation.steps import settle_mode
         from llama.parallel import groups
 
-        checkpoint = open_checkpoint(setup.folder)
+        checkpoint, device, dtype = open_checkpoint(setup.folder), choose_device(setup.device), DTYPES[setup.dtype]
+        vocab_size, mode = checkpoint.args.vocab_size, settle_mode(setup.compile)
         partition = cut_model(checkpoint.args, setup.scheme, setup.world_size, setup.tensor_split)
-        ranks = groups.start(choose_device(setup.device))
-        if ranks.device.type == "cpu":
-            enable()
-        model = load_model(checkpoint, partition, ranks, DTYPES[setup.dtype], setup.scheme)
-        self.engine = Engine(model, checkpoint.args.vocab_size)
+        opened = Opened(checkpoint, Numbered(vocab_size), partition, device, dtype, setup.threads, setup.scheme)
+        ranks = groups.start(device)
+        if mode != "off":
+            opened.prepare_kernels()
+        self.engine = Engine(opened.load(ranks), vocab_size, compile=mode)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
         """See `Peer.run`; making the cache counts as prefill."""

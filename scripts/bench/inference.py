@@ -38,6 +38,7 @@ from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import DTYPES, choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError
+from llama.generation.steps import settle_mode
 from llama.generation.tasks import check_writable
 
 
@@ -155,8 +156,7 @@ def main(
         raise LlamaError("--geometry and --ckpt_dir are given together: choose one")
     if threads is not None and threads < 1:
         raise LlamaError(f"threads must be at least 1, is {threads}")
-    if compile not in ("auto", "on", "off"):
-        raise LlamaError(f"--compile {compile!r} is not one of auto, on, off")
+    settle_mode(compile)
     for path in (output_json, chart):
         check_writable(path)
     geometry = geometry or ("tiny" if quick else "llama-3.2-1b")

@@ -16,7 +16,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from counting import DTYPE
+from allocations import DTYPE
 
 from llama.errors import LlamaError
 from llama.parallel.partition import Partition

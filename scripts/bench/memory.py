@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from counting import DTYPE, empty_shard, held_bytes, peaks
+from allocations import DTYPE, empty_shard, held_bytes, peaks
 from lone_rank import alone
 from memory_report import draw, table
 from report import Report, beginning, write_json
@@ -28,7 +28,7 @@ from weights import model_args
 from llama import env
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.opening import cut_model, kernels_pay
 from llama.checkpoint.plan import GB, Planner, Setting
 from llama.cli import run
 from llama.config import ModelArgs
@@ -118,12 +118,10 @@ def distinct_ranks(partition: Partition) -> list[int]:
     return list(sizes.values())
 
 
-def planned_bytes(args: ModelArgs, case: Case, tokens: int) -> int | None:
-    """What the plan says of the fullest rank; it knows nothing of quantized weights."""
-    if case.precision != "bf16":
-        return None
+def planned_bytes(args: ModelArgs, case: Case, tokens: int, scheme: Scheme | None) -> int:
+    """What the plan says of the fullest rank."""
     planner = Planner(args, "cpu", Memory(("a rank",), (0,), grows=True))
-    plan = planner.plan(Setting(case.world_size, Workload(case.batch_size, tokens), DTYPE))
+    plan = planner.plan(Setting(case.world_size, Workload(case.batch_size, tokens), DTYPE, scheme=scheme))
     return max(rank.total() for rank in plan.ranks)
 
 
@@ -133,6 +131,8 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
     set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
     scheme = case.scheme(group_size)
     partition = cut_model(args, scheme, case.world_size)
+    if kernels_pay(partition, DTYPE.itemsize):
+        enable()
     ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
     return {
         "world_size": case.world_size,
@@ -140,7 +140,7 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
         "precision": case.precision,
         "limit_bytes": case.limit,
         "ancestor_bytes": case.ancestor,
-        "planned_bytes": planned_bytes(args, case, tokens),
+        "planned_bytes": planned_bytes(args, case, tokens, scheme),
         "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in ranks],
     }
 
@@ -204,7 +204,6 @@ def main(
     for case in cases:  # raises before anything is counted
         cut_model(args, case.scheme(group_size), case.world_size)
     split = split_report(args, tensor_split, cases[-1].batch_size, tokens)
-    enable()
     report = {
         **beginning(torch.device("cpu")),
         "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},

@@ -14,9 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from llama.checkpoint.load import materialise
-from llama.config import ModelArgs
 from llama.model import Transformer
-from llama.parallel import groups
+from llama.offload import offload_blocks
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.layers import quantize_layers
@@ -51,23 +50,14 @@ def peaks(*functions: Callable[[], Any]) -> list[int]:
     return found
 
 
-def frozen_shard(args: ModelArgs, dtype: torch.dtype) -> Transformer:
-    """This rank's shard of a frozen model with random weights."""
-    ranks = groups.current()
-    model = Transformer(args, Partition.create(args, ranks.world_size), ranks, dtype=dtype).requires_grad_(False)
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=0.02)
-    return model
-
-
-def empty_shard(partition: Partition, ranks: Ranks, dtype: torch.dtype, scheme: Scheme | None = None) -> Transformer:
+def empty_shard(
+    partition: Partition, ranks: Ranks, dtype: torch.dtype, scheme: Scheme | None = None, n_offloaded: int = 0
+) -> Transformer:
     """A rank's shard as it is held, its weights uninitialised: what they are does not change what a run takes."""
-    args = partition.args
-    model = Transformer(args, partition, ranks, device="meta", dtype=dtype)
+    model = Transformer(partition.args, partition, ranks, device="meta", dtype=dtype)
     if scheme is not None:
         quantize_layers(model, scheme)
+    offload_blocks(model, n_offloaded)
     materialise(model, ranks.device)
     return model.eval()
 
