@@ -69,7 +69,7 @@ def test_it_is_the_papers_recursion(group_size: int) -> None:
     hessian = x.double().T @ x.double()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128, dtype=torch.float64)
     order = column_order(hessian.diagonal(), group_size).tolist()
-    packed, _ = gptq(rows, inputs(x, group_size), factors=(1.0,))
+    packed, _ = gptq(rows, inputs(x, group_size), factors=(1.0,), block=64)
     assert torch.equal(unpack_int4(packed), by_the_paper(rows, damped, order, group_size))
 
 
