@@ -2,10 +2,12 @@
 
 python scripts/plan.py --model llama-2-70b --nproc 4 --dtype fp16 --memory 8GB,8GB,24GB,24GB
 python scripts/plan.py --model llama-2-7b --nproc 4 --dtype bf16 --memory 8GB --train lora --lora_r 8
+python scripts/plan.py --model llama-3-8b --device cuda --memory 6GB --quantize int4 --offload_layers 12
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +23,14 @@ from llama.errors import LlamaError, UsageError
 from llama.finetuning.settings import METHODS, TrainSettings
 from llama.finetuning.workload import workload
 from llama.geometries import geometry
+from llama.quantization.asked import Asked, settle
+from llama.quantization.scheme import Scheme
 
 
-def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, str]:
-    """The geometry, the dtype of its files (Meta's, for a name alone) and its name, reading only headers.
+def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, Scheme | None, str]:
+    """The geometry, the dtype of its files (Meta's, for a name alone), how they hold integers, and its name.
+
+    Of a checkpoint only headers are read.
 
     Raises:
         LlamaError: unless one of the two is given.
@@ -32,9 +38,9 @@ def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch
     if (ckpt_dir is None) == (model is None):
         raise LlamaError("give either --ckpt_dir or --model, such as --model llama-2-7b")
     if model is not None:
-        return geometry(model), torch.bfloat16, model
+        return geometry(model), torch.bfloat16, None, model
     checkpoint = open_checkpoint(str(ckpt_dir))
-    return checkpoint.args, checkpoint.dtype, str(ckpt_dir)
+    return checkpoint.args, checkpoint.dtype, checkpoint.scheme, str(ckpt_dir)
 
 
 def planned_device(device: str, is_given: bool) -> torch.device:
@@ -57,11 +63,13 @@ def count(n: int) -> str:
 
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
     setting = plan.setting
+    integers = "" if setting.scheme is None else f" ({setting.scheme.words()})"
+    offloaded = f", {setting.offload_layers} layers offloaded" if setting.offload_layers else ""
     ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
     split = f" split {setting.tensor_split}" if setting.tensor_split else ""
     return (
-        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]} on {ranks}{split}, "
-        f"{setting.work.words()} at a time"
+        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
+        f"{offloaded}, {setting.work.words()} at a time"
     )
 
 
@@ -71,13 +79,13 @@ def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str)
     if not settings:
         return (
             f"does not fit: {show_bytes(plan.excess(plan.worst()))} are lacking on {plan.worst().name}, "
-            "and neither more ranks, another split, a smaller batch nor a shorter length would mend it"
+            "and neither fewer bits, more ranks, another split, a smaller batch nor a shorter length would mend it"
         )
     lines = ["does not fit; these would:"]
     for setting in settings:
         lines.append(f"  {change(setting, plan.setting)}:")
         wanted = dtype if setting.dtype == plan.setting.dtype else NAMES[setting.dtype]
-        lines.append(f"    {command(setting, ckpt_dir, wanted, device)}")
+        lines.append(f"    {command(setting, ckpt_dir, wanted, device, planner.stored)}")
     return "\n".join(lines)
 
 
@@ -130,6 +138,11 @@ def main(
     lora_targets: str | None = None,
     lora_dropout: float | None = None,
     activation_checkpointing: bool = False,
+    quantize: str | None = None,
+    group_size: int | None = None,
+    quantize_output: str | None = None,
+    quantize_embedding: str | None = None,
+    offload_layers: int = 0,
 ) -> None:
     """Say whether a model fits, before anything is loaded, and if not what would.
 
@@ -151,6 +164,11 @@ def main(
         lora_targets: linears that LoRA updates, such as wq,wv or all.
         lora_dropout: probability with which LoRA leaves a feature out; above 0 it keeps more.
         activation_checkpointing: keep only what enters each layer and compute the rest again.
+        quantize: hold the weights as int8 or int4; by default as the checkpoint holds them.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, of the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, of an embedding that is not the output layer; by default none.
+        offload_layers: layers that stay in main memory and are streamed to the card.
     """
     flags = {
         "batch_size": batch_size, "num_virtual_tokens": num_virtual_tokens, "lora_r": lora_r,
@@ -162,11 +180,15 @@ def main(
             raise LlamaError(f"{name} must be a whole number above 0, is {value}")
     where = planned_device(device, memory is not None)
     there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
+    # Cards that a person names may stand in another machine, of whose main memory nothing is known.
+    host = machine_memory(torch.device("cpu")) if memory is None and where.type == "cuda" else None
     work = planned_work(train, max_seq_len, max_batch_size, flags)
-    args, stored, name = described(ckpt_dir, model)
-    chosen = planned_dtype(dtype, where, stored, args.n_unique_params)
-    planner = Planner(args, where.type, there)
-    plan = planner.plan(Setting(nproc, work, chosen, tensor_split))
+    args, file_dtype, stored, name = described(ckpt_dir, model)
+    asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
+    scheme = settle(asked, stored, Path(name))
+    chosen = planned_dtype(dtype, where, file_dtype, args.n_unique_params)
+    planner = Planner(args, where.type, there, host, stored)
+    plan = planner.plan(Setting(nproc, work, chosen, tensor_split, scheme, offload_layers))
     print(heading(plan, name, args))
     print(table(plan))
     print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", dtype, device))

@@ -55,6 +55,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "max_gen_len": (["--max_gen_len", "-1"], ["max_gen_len", "-1"]),
     "max_seq_len": (["--max_seq_len", "0"], ["max_seq_len", "0"]),
     "max_batch_size": (["--max_batch_size", "-2"], ["max_batch_size", "-2"]),
+    "layers to offload": (["--offload_layers", "3"], ["--offload_layers 3", "2 layers"]),
+    "fewer layers than none": (["--offload_layers", "-1"], ["--offload_layers -1", "2 layers"]),
     "threads": (["--threads", "0"], ["threads", "0"]),
     "dtype": (["--dtype", "int8"], ["'int8'", "auto, fp32, bf16, fp16"]),
     "no such precision": (["--quantize", "int3"], ["--quantize 'int3'", "int8, int4"]),

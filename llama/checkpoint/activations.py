@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from llama.cache import PREFILL_TOKENS
+from llama.checkpoint.widening import FLOAT, Kernels, Product
 from llama.parallel.partition import Partition
+from llama.quantization.scheme import OUTPUT, Scheme
 
-FLOAT = 4  # what norms, RoPE and logits are computed in
 INDEX = 8  # int64
 # torch's CPU attention works in tiles: queries a tile by how many there are, and keys a tile.
 QUERY_TILES = ((768, 256), (192, 64), (0, 32))
@@ -61,46 +62,47 @@ class Workload:
         return [(start, stop) for start, stop in runs if start < stop]
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """What the operators of a device allocate for themselves.
-
-    Args:
-        itemsize: bytes of a number of the model's dtype.
-        threads: of a CPU rank, each with tiles of its own; 0 on a card.
-        fused: whether attention never holds all scores at a time.
-    """
-
-    itemsize: int
-    threads: int = 0
-    fused: bool = True
-
-
-def activation_bytes(partition: Partition, rank: int, work: Workload, kernels: Kernels) -> int:
+def activation_bytes(
+    partition: Partition, rank: int, work: Workload, kernels: Kernels, scheme: Scheme | None = None
+) -> int:
     """The peak of a run on `rank`: of a prefill pass of full prompts, or of choosing tokens."""
-    passes = [_Pass(partition, rank, work.n_rows, start, stop, kernels, work.prefix) for start, stop in work.passes()]
-    vocab = len(partition.vocab[rank])
+    passes = [
+        _Pass(partition, rank, work.n_rows, start, stop, kernels, work.prefix, scheme) for start, stop in work.passes()
+    ]
+    args = partition.args
+    form = None if scheme is None else scheme.form(OUTPUT, args)
+    output = Product(form, len(partition.vocab[rank]), args.dim, kernels)
     # The last pass's output is held while the first tokens are chosen.
-    first = passes[-1].stream + choosing_bytes(work.n_rows, vocab, kernels.itemsize)
-    later = choosing_bytes(work.n_prompts, vocab, kernels.itemsize)
+    first = passes[-1].stream + choosing_bytes(work.n_rows, output)
+    later = choosing_bytes(work.n_prompts, output)
     # A soft prompt is run alone, before any request.
-    alone = [_Pass(partition, rank, 1, 0, work.prefix, kernels)] if work.prefix else []
+    alone = [_Pass(partition, rank, 1, 0, work.prefix, kernels, 0, scheme)] if work.prefix else []
     return max(first, later, *(one.peak() for one in [*passes, *alone]))
 
 
-def choosing_bytes(n_rows: int, vocab: int, itemsize: int) -> int:
+def choosing_bytes(n_rows: int, output: Product) -> int:
     """Logits [B, V'] and what sampling within a nucleus makes of them."""
+    vocab, itemsize = output.n_rows, output.kernels.itemsize
     logits = n_rows * vocab * FLOAT
     narrow = n_rows * vocab * itemsize if itemsize < FLOAT else 0
     # Logits, divided by the temperature, both stacked (2), and the stack's exponentials (2).
-    return max(narrow + logits, 6 * logits) + vocab * INDEX
+    product = n_rows * vocab * itemsize + output.forward(n_rows)
+    return max(product, narrow + logits, 6 * logits) + vocab * INDEX
 
 
 class _Pass:
     """A forward pass of B rows over the columns from `start` to `stop` of their prompts, on one rank."""
 
     def __init__(
-        self, partition: Partition, rank: int, n_rows: int, start: int, stop: int, kernels: Kernels, prefix: int = 0
+        self,
+        partition: Partition,
+        rank: int,
+        n_rows: int,
+        start: int,
+        stop: int,
+        kernels: Kernels,
+        prefix: int = 0,
+        scheme: Scheme | None = None,
     ) -> None:
         args = partition.args
         self.n_rows, self.n_columns, self.n_seen, self.kernels = n_rows, stop - start, prefix + stop, kernels
@@ -115,6 +117,7 @@ class _Pass:
         self.query = len(partition.q_rows[rank]) * width  # [N, Q]
         self.key = len(partition.kv_rows[rank]) * width  # [N, K]
         self.ffn = len(partition.ffn[rank]) * width  # [N, F]
+        self.form = None if scheme is None else scheme.linears
 
     def peak(self) -> int:
         """The most that is held at a time in a block, beyond it what the pass holds throughout."""
@@ -142,25 +145,38 @@ class _Pass:
         return self._copy(self.stream) + self._wide(self.stream) + narrowed + self.stream
 
     def _rope(self, projected: int) -> int:
-        """The projection, its float32 copy, its turned halves, and those put together."""
-        return projected + self._copy(projected) + 2 * self._wide(projected)
+        """The projection, its float32 copy, that turned, and back in the dtype."""
+        narrowed = projected if self.kernels.itemsize < FLOAT else 0
+        return projected + self._copy(projected) + self._wide(projected) + narrowed
+
+    def _product(self, entering: int, leaving: int) -> int:
+        """What a linear takes beyond its input and output, [N, K] and [N, N'] of so many bytes."""
+        width = self.n_tokens * self.kernels.itemsize
+        product = Product(self.form, leaving // width, entering // width, self.kernels)
+        return product.forward(self.n_tokens)
 
     def _attention_half(self) -> int:
         """From the block's input to the sum over the ranks."""
         stream, query, key = self.stream, self.query, self.key
         inside = max(
+            query + self._product(stream, query),
             self._rope(query),
+            query + key + self._product(stream, key),
             query + self._rope(key),
+            query + 2 * key + self._product(stream, key),
             query + 2 * key + self._attend(),
             # q, k and v wait in their frame while the heads' output is projected.
-            query + 2 * key + query + stream * (2 if self.reduces else 1),
+            2 * query + 2 * key + stream + max(self._product(query, stream), stream * self.reduces),
         )
         return stream + max(self._norm(), stream + inside)
 
     def _ffn_half(self) -> int:
         """Behind the attention: the block's input, its sum with the attention and the first norm's output are held."""
         stream, ffn = self.stream, self.ffn
-        inside = max(3 * ffn, ffn + stream * (2 if self.reduces else 1))
+        inside = max(
+            2 * ffn + self._product(stream, ffn),
+            ffn + stream + max(self._product(ffn, stream), stream * self.reduces),
+        )
         return 3 * stream + max(self._norm(), stream + inside)
 
     def _attend(self) -> int:

@@ -27,11 +27,13 @@ class Pool:
         name: the card or the machine.
         nbytes: what is there for the model.
         ranks: those that draw on it; a rank is named twice where two copies of the model run.
+        is_host: whether it is the main memory beside cards.
     """
 
     name: str
     nbytes: int
     ranks: tuple[int, ...]
+    is_host: bool = False
 
 
 @dataclass(frozen=True)

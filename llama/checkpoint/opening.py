@@ -53,9 +53,8 @@ class Opened:
 
     def prepare_kernels(self) -> None:
         """Build and load the CPU's own kernels where they gain more than building them takes."""
-        n_bytes = self.partition.rank_params(0) * self.dtype.itemsize
         serves = self.scheme is not None or self.dtype == torch.bfloat16
-        if self.device.type == "cpu" and serves and n_bytes >= WORTH_KERNELS_BYTES:
+        if self.device.type == "cpu" and serves and kernels_pay(self.partition, self.dtype.itemsize):
             products.enable()
 
     def describe(self, seconds: float) -> str:
@@ -119,6 +118,11 @@ def cut_model(
     partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
     check_cuts(args, scheme, partition)
     return partition
+
+
+def kernels_pay(partition: Partition, itemsize: int) -> bool:
+    """Whether a model is large enough for kernels to gain more than building them takes."""
+    return partition.rank_params(0) * itemsize >= WORTH_KERNELS_BYTES
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:

@@ -1,8 +1,6 @@
 """Whether a model fits before anything is loaded: what each rank needs, what is there, and what would fit.
 
-A `Plan` is made of `Item`s a rank, so that what training or quantization add or change is another item
-or another size. Weights, cache and what is trained are exact; activations are those of
-`llama.checkpoint.activations` and `llama.checkpoint.training`.
+What is needed is added up in `llama.checkpoint.needs`.
 """
 
 from __future__ import annotations
@@ -12,85 +10,30 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 
-from llama.checkpoint.activations import Kernels, Workload, activation_bytes
+from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, Pool
-from llama.checkpoint.training import Training, training_bytes
+from llama.checkpoint.needs import PASSING, Plan, RankPlan, Setting, needed_items
+from llama.checkpoint.opening import cut_model, kernels_pay
+from llama.checkpoint.training import Training
+from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
-from llama.errors import PartitionError
+from llama.errors import PartitionError, QuantizationError
+from llama.kernels.build import can_build
+from llama.offload import check_offload
 from llama.parallel.partition import Partition
+from llama.quantization.asked import Asked
+from llama.quantization.scheme import Scheme
 
 GB = 1e9
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# What must be held whatever is run; activations depend on how full the run is.
-LASTING = ("weights", "KV cache")
-PASSING = ("activations", "temporaries")
 SHORTEST = 16
 # Memories that differ by less than this are alike: cards of one make are never equal to the byte.
 ALIKE = 0.05
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing that takes memory on a rank, in bytes."""
-
-    name: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """All that one rank needs."""
-
-    rank: int
-    items: tuple[Item, ...]
-
-    def total(self, names: Sequence[str] | None = None) -> int:
-        """Bytes of the items of these names; None for all."""
-        return sum(item.nbytes for item in self.items if names is None or item.name in names)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What may be chosen for a run.
-
-    Args:
-        n_ranks: ranks of the model.
-        work: prompts at a time and tokens of each, or what is trained on.
-        dtype: of weights, cache and stream.
-        tensor_split: weights of the ranks, as a person writes them; None for equal shards.
-    """
-
-    n_ranks: int
-    work: Workload
-    dtype: torch.dtype
-    tensor_split: str | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the ranks need beside what is there."""
-
-    setting: Setting
-    ranks: tuple[RankPlan, ...]
-    pools: tuple[Pool, ...]
-
-    def excess(self, pool: Pool, names: Sequence[str] | None = None) -> int:
-        """Bytes that the ranks of a pool need beyond what it has; below zero where there is room."""
-        return sum(self.ranks[rank].total(names) for rank in pool.ranks) - pool.nbytes
-
-    def fits(self, names: Sequence[str] | None = None) -> bool:
-        """Whether the items of these names (None: all) fit into every pool."""
-        return all(self.excess(pool, names) <= 0 for pool in self.pools)
-
-    def worst(self, names: Sequence[str] | None = None) -> Pool:
-        """The pool that lacks most, or has least to spare."""
-        return max(self.pools, key=lambda pool: self.excess(pool, names))
-
 
 # A setting that fits, made from one that may not; None when there is none.
 Settle = Callable[[Setting], Setting | None]
@@ -104,29 +47,43 @@ class Planner:
         args: the geometry.
         device: "cpu", "cuda" or "mps".
         memory: what is there.
+        host: the main memory beside cards; None where it is not known, or where `memory` is that.
+        stored: how the checkpoint holds its weights as integers, where it does: they cannot be held otherwise.
     """
 
     args: ModelArgs
     device: str
     memory: Memory
+    host: Memory | None = None
+    stored: Scheme | None = None
 
     def plan(self, setting: Setting) -> Plan:
         """What `setting` needs on every rank.
 
         Raises:
             PartitionError: when the model cannot be cut so.
+            QuantizationError: when it cannot be quantized so.
+            UsageError: when it has not so many layers to offload.
         """
-        partition = Partition.create(self.args, setting.n_ranks, setting.tensor_split)
-        pools = tuple(self.memory.pools(setting.n_ranks))
-        kernels = self._kernels(setting)
-        ranks = tuple(RankPlan(rank, _items(partition, rank, setting, kernels)) for rank in range(setting.n_ranks))
-        return Plan(setting, ranks, pools)
+        check_offload(setting.offload_layers, self.args.n_layers)
+        partition = _cut(self.args, setting.scheme, setting.n_ranks, setting.tensor_split)
+        pools = self.memory.pools(setting.n_ranks)
+        if self.host is not None and setting.offload_layers:
+            pools += [dataclasses.replace(pool, is_host=True) for pool in self.host.pools(setting.n_ranks)]
+        kernels, on_card = self._kernels(setting, partition), self.device == "cuda"
+        items = (needed_items(partition, rank, setting, kernels, on_card) for rank in range(setting.n_ranks))
+        return Plan(setting, tuple(RankPlan(rank, needed) for rank, needed in enumerate(items)), tuple(pools))
 
-    def _kernels(self, setting: Setting) -> Kernels:
+    def _kernels(self, setting: Setting, partition: Partition) -> Kernels:
         threads = max(1, _cores() // setting.n_ranks) if self.device == "cpu" else 0
         # Cards have fused kernels of their own for grouped heads in 16 bit only.
         grouped = self.args.group_size > 1 and self.device != "cpu"
-        return Kernels(setting.dtype.itemsize, threads, fused=not (grouped and setting.dtype.itemsize >= 4))
+        fused = not (grouped and setting.dtype.itemsize >= 4)
+        itemsize = setting.dtype.itemsize
+        # Generation with offloaded layers does without; see `llama.generation.steps.settle_mode`.
+        wanted = isinstance(setting.work, Training) or not setting.offload_layers
+        native = threads and wanted and kernels_pay(partition, itemsize) and can_build()
+        return Kernels(itemsize, threads, fused, bool(native))
 
     def advise(self, setting: Setting) -> list[Setting]:
         """Settings near this one that fit, each of them planned: one of each kind that helps."""
@@ -139,13 +96,16 @@ class Planner:
         split = self._by_split(setting)
         # Where a split alone helps, the other ways are those without one.
         settle = self._settled if split is None else lambda other: other if self._fits(other) else None
-        ways = (self._by_dtype, self._by_ranks, self._by_checkpointing, self._by_batch, self._by_length)
+        ways = (
+            self._by_dtype, self._by_int8, self._by_int4, self._by_ranks, self._by_offload, self._by_checkpointing,
+            self._by_batch, self._by_length,
+        )  # fmt: skip
         return [better for better in (split, *(way(setting, settle) for way in ways)) if better is not None]
 
     def _fits(self, setting: Setting) -> bool:
         try:
             return self.plan(setting).fits()
-        except PartitionError:
+        except (PartitionError, QuantizationError):
             return False
 
     def _settled(self, setting: Setting) -> Setting | None:
@@ -158,11 +118,11 @@ class Planner:
         """Shards in proportion to the memories, or to what activations leave of them."""
         try:
             equal = self.plan(dataclasses.replace(setting, tensor_split=None))
-        except PartitionError:
+        except (PartitionError, QuantizationError):
             return None
-        if any(len(pool.ranks) > 1 for pool in equal.pools):
+        if any(len(pool.ranks) > 1 for pool in equal.pools if not pool.is_host):
             return None
-        rooms = {pool.ranks[0]: pool.nbytes for pool in equal.pools}
+        rooms = {pool.ranks[0]: pool.nbytes for pool in equal.pools if not pool.is_host}
         if setting.tensor_split is not None and equal.fits():
             return equal.setting
         sizes = [float(rooms[rank]) for rank in range(setting.n_ranks)]
@@ -182,18 +142,46 @@ class Planner:
         narrow = torch.bfloat16 if trains or self.device == "cpu" else torch.float16
         return settle(dataclasses.replace(setting, dtype=narrow))
 
+    def _by_int8(self, setting: Setting, settle: Settle) -> Setting | None:
+        return self._by_integers(setting, settle, "int8")
+
+    def _by_int4(self, setting: Setting, settle: Settle) -> Setting | None:
+        return self._by_integers(setting, settle, "int4")
+
+    def _by_integers(self, setting: Setting, settle: Settle, kind: str) -> Setting | None:
+        """Integers of fewer bits, where the checkpoint leaves a choice."""
+        held = None if setting.scheme is None else setting.scheme.linears.kind
+        if self.stored is not None or held in (kind, "int4"):
+            return None
+        return settle(dataclasses.replace(setting, scheme=Scheme.create(kind)))
+
+    def _by_offload(self, setting: Setting, settle: Settle) -> Setting | None:
+        """The fewest layers; on a CPU there is nowhere to move them."""
+        if self.device != "cuda":
+            return None
+        for n_layers in range(setting.offload_layers + 1, self.args.n_layers + 1):
+            better = settle(dataclasses.replace(setting, offload_layers=n_layers))
+            if better is not None:
+                return better
+        return None
+
     def _by_ranks(self, setting: Setting, settle: Settle) -> Setting | None:
         """The fewest further ranks; they help only where they bring memory along."""
-        itemsize = setting.dtype.itemsize
+        least = self._weights(setting)
         most = self.args.n_heads if self.memory.grows else len(self.memory.sizes)
         for n_ranks in range(setting.n_ranks + 1, min(most, self.args.n_heads) + 1):
             # Cutting a large model in many ways takes seconds: not where even all memory together is too little.
-            if sum(pool.nbytes for pool in self.memory.pools(n_ranks)) < self.args.n_unique_params * itemsize:
+            if sum(pool.nbytes for pool in self.memory.pools(n_ranks)) < least:
                 continue
             better = settle(dataclasses.replace(setting, n_ranks=n_ranks, tensor_split=None))
             if better is not None:
                 return better
         return None
+
+    def _weights(self, setting: Setting) -> int:
+        """Bytes on the devices of all weights, in one piece."""
+        whole = dataclasses.replace(setting, n_ranks=1, tensor_split=None, work=Workload(1, 1))
+        return self.plan(whole).ranks[0].total(("weights",))
 
     def _by_checkpointing(self, setting: Setting, settle: Settle) -> Setting | None:
         if not isinstance(setting.work, Training) or setting.work.checkpointing:
@@ -221,21 +209,8 @@ class Planner:
         return best
 
 
-def _items(partition: Partition, rank: int, setting: Setting, kernels: Kernels) -> tuple[Item, ...]:
-    args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
-    weights = Item("weights", partition.rank_params(rank) * itemsize)
-    if isinstance(work, Training):
-        step = training_bytes(partition, rank, work, kernels)
-        names = ("trained state", *PASSING)
-        return weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
-    # A soft prompt is held once for all requests, and again at the start of each slot.
-    entries = 2 * args.n_layers * (work.n_prompts * (work.prefix + work.length) + work.prefix)
-    cache_bytes = entries * len(partition.kv_rows[rank]) * itemsize
-    return (
-        weights,
-        Item("KV cache", cache_bytes),
-        Item("activations", activation_bytes(partition, rank, work, kernels)),
-    )
+# Cutting a large model takes a while, and advice asks for the same cuts again and again.
+_cut = lru_cache(maxsize=256)(cut_model)
 
 
 def _working(setting: Setting, **other: Any) -> Setting:
@@ -263,31 +238,54 @@ def show_bytes(nbytes: float) -> str:
 
 def table(plan: Plan) -> str:
     """One line a rank: its items, their sum, the memory there, and whether it fits."""
-    names = [item.name for item in plan.ranks[0].items]
-    rows = [["", *names, "total", "memory", ""]]
+    first = plan.ranks[0].items
+    on_device, in_host = (tuple(item.name for item in first if item.in_host == where) for where in (False, True))
+    rows = [["", *on_device, "total", "memory", *in_host, ""]]
     for rank in plan.ranks:
-        pool = min((pool for pool in plan.pools if rank.rank in pool.ranks), key=lambda pool: -plan.excess(pool))
-        shared = f" for {len(pool.ranks)} ranks" if len(pool.ranks) > 1 else ""
-        excess = plan.excess(pool)
-        verdict = "fits" if excess <= 0 else f"lacks {show_bytes(excess)}"
-        sizes = [show_bytes(item.nbytes) for item in rank.items]
-        rows.append([f"rank {rank.rank}", *sizes, show_bytes(rank.total()), show_bytes(pool.nbytes) + shared, verdict])
+        own = [pool for pool in plan.pools if rank.rank in pool.ranks]
+        device = max((pool for pool in own if not pool.is_host), key=plan.excess)
+        shared = f" for {len(device.ranks)} ranks" if len(device.ranks) > 1 else ""
+        sizes = {item.name: show_bytes(item.nbytes) for item in rank.items}
+        there = [show_bytes(rank.total()), show_bytes(device.nbytes) + shared]
+        rows.append(
+            [f"rank {rank.rank}", *(sizes[name] for name in on_device), *there, *(sizes[name] for name in in_host),
+             _verdict(plan, max(own, key=plan.excess))]
+        )  # fmt: skip
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) for row in rows]
     return "\n".join(f"{line}  {row[-1]}".rstrip() for line, row in zip(lines, rows, strict=True))
 
 
-def command(setting: Setting, ckpt_dir: str, dtype: str = "auto", device: str = "auto") -> str:
-    """How a person starts `setting`; `dtype` and `device` as the person would write them."""
+def _verdict(plan: Plan, pool: Pool) -> str:
+    excess = plan.excess(pool)
+    return "fits" if excess <= 0 else f"lacks {show_bytes(excess)}{' of main memory' * pool.is_host}"
+
+
+def command(
+    setting: Setting, ckpt_dir: str, dtype: str = "auto", device: str = "auto", stored: Scheme | None = None
+) -> str:
+    """How a person starts `setting`.
+
+    Args:
+        setting: what is started.
+        ckpt_dir, dtype, device: as the person would write them.
+        stored: how the checkpoint holds its weights: what needs no flag.
+    """
     start = "python" if setting.n_ranks == 1 else f"torchrun --nproc_per_node {setting.n_ranks}"
     flags = {
         "ckpt_dir": shlex.quote(ckpt_dir),
         **setting.work.flags(),
         "tensor_split": setting.tensor_split,
+        **(_integer_flags(setting.scheme) if setting.scheme != stored else {}),
+        "offload_layers": setting.offload_layers or None,
         "dtype": None if dtype == "auto" else dtype,
         "device": None if device == "auto" else device,
     }
     return " ".join([start, setting.work.program, *(_flag(*flag) for flag in flags.items() if flag[1] is not None)])
+
+
+def _integer_flags(scheme: Scheme | None) -> dict[str, object]:
+    return {} if scheme is None else vars(Asked.of(scheme))
 
 
 def _flag(name: str, value: object) -> str:
@@ -303,6 +301,11 @@ def change(setting: Setting, wanted: Setting) -> str:
         parts.append(f"--dtype {NAMES[setting.dtype]}")
     former = wanted.work.flags()
     parts += [_flag(name, value) for name, value in setting.work.flags().items() if value != former[name]]
+    if setting.scheme != wanted.scheme:
+        flags = _integer_flags(setting.scheme)
+        parts.append(" ".join(_flag(*flag) for flag in flags.items() if flag[1] is not None))
+    if setting.offload_layers != wanted.offload_layers:
+        parts.append(_flag("offload_layers", setting.offload_layers))
     if setting.tensor_split != wanted.tensor_split:
         parts.append(f"--tensor_split {setting.tensor_split}" if setting.tensor_split else "no --tensor_split")
     return " and ".join(parts)

@@ -15,10 +15,14 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llama.checkpoint.activations import FLOAT, INDEX, Kernels, Workload
+from llama.checkpoint.activations import INDEX, Workload
+from llama.checkpoint.widening import FLOAT, Kernels, Product
+from llama.kernels.formats import Form
 from llama.lengths import round_up
+from llama.offload import spread
 from llama.parallel.partition import Partition
 from llama.parallel.vocab import LOGIT_FLOATS
+from llama.quantization.scheme import OUTPUT, Scheme
 
 # A trained number, its gradient and Adam's two moments.
 TRAINED_FLOATS = 4
@@ -97,9 +101,22 @@ class TrainingBytes:
     temporaries: int
 
 
-def training_bytes(partition: Partition, rank: int, work: Training, kernels: Kernels) -> TrainingBytes:
-    """What `rank` needs to train on full examples that share nothing but the soft prompt."""
-    return _Step(partition, rank, work, kernels).total()
+def training_bytes(
+    partition: Partition,
+    rank: int,
+    work: Training,
+    kernels: Kernels,
+    scheme: Scheme | None = None,
+    offload_layers: int = 0,
+) -> TrainingBytes:
+    """What `rank` needs to train on full examples that share nothing but the soft prompt.
+
+    Args:
+        partition, rank, work, kernels: of the run.
+        scheme: which matrices are held as integers.
+        offload_layers: layers that are computed again in the backward, whatever `work` says.
+    """
+    return _Step(partition, rank, work, kernels, scheme, offload_layers).total()
 
 
 def _stretches(work: Training) -> list[tuple[int, int]]:
@@ -114,8 +131,21 @@ def _stretches(work: Training) -> list[tuple[int, int]]:
 class _Step:
     """Forward, loss and backward of a batch on one rank."""
 
-    def __init__(self, partition: Partition, rank: int, work: Training, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        partition: Partition,
+        rank: int,
+        work: Training,
+        kernels: Kernels,
+        scheme: Scheme | None,
+        offload_layers: int,
+    ) -> None:
         args = partition.args
+        self.kernels = kernels
+        self.form = None if scheme is None else scheme.linears
+        self.output_form = None if scheme is None else scheme.form(OUTPUT, args)
+        again = range(args.n_layers) if work.checkpointing else spread(offload_layers, args.n_layers)
+        self.again = frozenset(again)  # layers that are computed twice
         self.work, self.itemsize, self.threads = work, kernels.itemsize, kernels.threads
         self.narrow = self.itemsize < FLOAT
         self.n_layers, self.dim, self.head_dim = args.n_layers, args.dim, args.head_dim
@@ -143,14 +173,12 @@ class _Step:
     def total(self) -> TrainingBytes:
         block, last = self._block(), self._norm()
         throughout = self._throughout()
-        if self.work.checkpointing:
-            inputs = self.n_layers * (self.stream + RNG_STATE)
-            # The last block is computed again; its first norm keeps the block's input itself.
-            again = block - self.stream
-            moments = ((inputs + last, self._at_the_end()), (inputs + again, self._within_a_block()))
-        else:
-            blocks = self.n_layers * block - self._not_in_the_first_block()
-            moments = ((blocks + last, self._at_the_end()), (blocks, self._within_a_block()))
+        blocks = len(self.again) * (self.stream + RNG_STATE) + (self.n_layers - len(self.again)) * block
+        if 0 not in self.again:
+            blocks -= self._not_in_the_first_block()
+        # Where the last block is computed again, its first norm keeps the block's input itself.
+        anew = block - self.stream if self.n_layers - 1 in self.again else 0
+        moments = ((blocks + last, self._at_the_end()), (blocks + anew, self._within_a_block()))
         kept, temporaries = max(moments, key=sum)
         return TrainingBytes(
             self._trained() * TRAINED_FLOATS * FLOAT,
@@ -225,9 +253,16 @@ class _Step:
         rows = min(self.n_places, max(1, LOGIT_FLOATS // self.vocab))
         # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
         logits = rows * self.vocab * (FLOAT + self.itemsize * self.narrow) + supervised
-        logits += self._laid_out(self.vocab * self.dim)
+        logits += self._product(self.vocab, self.dim, rows, self.output_form)
+        output = Product(self.output_form, self.vocab, self.dim, self.kernels)
+        logits = max(logits, rows * self.vocab * self.itemsize + output.forward(rows, kept=True))
         loss = self.stream + supervised + max(logits, 2 * supervised)
         return max(loss, self._norm_backward())
+
+    def _product(self, n_rows: int, n_columns: int, n_tokens: int, form: Form | None) -> int:
+        """What the backward of a product takes for itself, its input's gradient counted already."""
+        product = Product(form, n_rows, n_columns, self.kernels)
+        return product.backward(n_tokens) + self._laid_out(product.piece if form else n_rows * n_columns)
 
     def _laid_out(self, entries: int) -> int:
         """What a CPU's product with a 16-bit matrix of so many entries takes."""
@@ -240,12 +275,25 @@ class _Step:
     def _within_a_block(self) -> int:
         """The last block's backward beyond what a whole block keeps, next to the gradient that passes it by."""
         freed = 3 * self.width
-        # What SwiGLU's product gets and gives; w2's, before it; its forward, where a block is computed again.
-        down = self.width + self._laid_out(self.ffn * self.dim)
-        feed_forward = max(3 * self.width, down, self.stream + self.width)
+        # What SwiGLU's product gets and gives; w2's, before it; its forward, of the last block or one computed again.
+        down = self.width + self._product(self.dim, self.ffn, self.n_tokens, self.form)
+        product = Product(self.form, self.dim, self.ffn, self.kernels)
+        # Both norms' outputs wait in their frames; a gradient waits only for what is computed again.
+        waiting = 3 if self.n_layers - 1 in self.again else 2
+        forward = waiting * self.stream + self.width + product.forward(self.n_tokens, kept=True)
+        # Of w1 and w3 both gradients are there; what SwiGLU kept is not any more.
+        up = self.stream + self._product(self.ffn, self.dim, self.n_tokens, self.form) - self.width
+        feed_forward = max(3 * self.width, down, forward, up)
         norm = self._norm_backward() - freed
         freed += self._norm()
-        attention = max(self._attention_backward() - freed, self._turn_backward() - freed - self._attention())
+        rows = max(self.q, self.kv)
+        inward = self.stream + self.queries + self._product(rows, self.dim, self.n_tokens, self.form)
+        outward = self.queries + self._product(self.dim, self.q, self.n_tokens, self.form)
+        attention = max(
+            self._attention_backward() - freed,
+            outward - freed,
+            max(self._turn_backward(), inward) - freed - self._attention(),
+        )
         return self.stream + max(feed_forward, norm, attention)
 
     def _attention_backward(self) -> int:

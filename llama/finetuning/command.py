@@ -177,7 +177,10 @@ def train(
         if not no_plan:
             size = opened.partition.world_size
             work = workload(settings, env.world_size() // size, encoded.examples)
-            check_fit(opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work)
+            check_fit(
+                opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work,
+                scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
+            )  # fmt: skip
     ranks = groups.start(opened.device, tp)
     with groups.phase("load"):
         if opened.scheme is not None:

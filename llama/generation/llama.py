@@ -190,7 +190,10 @@ class Llama:
                 limits = Workload(max_batch_size, max_seq_len, n_virtual)
                 expected = None if plan is True else dataclasses.replace(plan, prefix=n_virtual)
                 n_ranks = opened.partition.world_size
-                check_fit(args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected)
+                check_fit(
+                    args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected,
+                    scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
+                )  # fmt: skip
         ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
             if mode != "off":

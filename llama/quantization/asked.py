@@ -33,6 +33,18 @@ class Asked:
         """The flags as a command line has them."""
         return [word for name, value in vars(self).items() if value is not None for word in (f"--{name}", str(value))]
 
+    @classmethod
+    def of(cls, scheme: Scheme) -> Asked:
+        """The fewest flags that ask for a scheme."""
+        held = scheme.to_json()
+        size = held["group_size"] or DEFAULT_GROUP_SIZE
+        return cls(
+            held["type"],
+            None if size == DEFAULT_GROUP_SIZE else size,
+            None if held["output"] == "int8" else held["output"],
+            None if held["embedding"] == NONE else held["embedding"],
+        )
+
     def scheme(self) -> Scheme | None:
         """For a checkpoint that is not quantized.
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from counting import frozen_shard, peak_bytes
+from allocations import peak_bytes
+from counting import frozen_shard
 
-from llama.checkpoint import memory
-from llama.checkpoint.activations import Kernels
+from llama.checkpoint import memory, widening
 from llama.checkpoint.check import check_fit
 from llama.checkpoint.memory import given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
 from llama.checkpoint.training import TRAINED_FLOATS, Training, training_bytes
+from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
 from llama.data.examples import Example
 from llama.errors import LlamaError, UsageError
@@ -33,9 +34,11 @@ from llama.finetuning.speed import checkpoint_blocks
 from llama.finetuning.step import Stepper
 from llama.finetuning.workload import workload
 from llama.geometries import geometry
+from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.partition import Partition
+from llama.quantization.scheme import Scheme
 
 # Planned over counted: never less than a step takes, and not much more.
 LEAST, MOST = 1.0, 1.25
@@ -70,9 +73,16 @@ def examples(work: Training, vocab_size: int, ragged: int) -> list[Example]:
     return [Example(tuple(row), 1) for row in rows]
 
 
-def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0) -> float:
+def counted(
+    args: ModelArgs,
+    work: Training,
+    dtype: torch.dtype,
+    ragged: int = 0,
+    scheme: Scheme | None = None,
+    n_offloaded: int = 0,
+) -> float:
     """Planned over counted on this rank: of two steps, with what is trained and the optimiser."""
-    model = frozen_shard(args, dtype)
+    model = frozen_shard(args, dtype, scheme, n_offloaded)
     ranks, partition = model.ranks, model.partition
     if work.checkpointing:
         checkpoint_blocks(model)
@@ -88,7 +98,8 @@ def counted(args: ModelArgs, work: Training, dtype: torch.dtype, ragged: int = 0
         for step in range(2):
             stepper.run(step, [batch])
 
-    needed = training_bytes(partition, ranks.rank, work, Kernels(dtype.itemsize, torch.get_num_threads()))
+    kernels = Kernels(dtype.itemsize, torch.get_num_threads(), native=products._loaded)
+    needed = training_bytes(partition, ranks.rank, work, kernels, scheme, n_offloaded)
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
@@ -156,6 +167,52 @@ def test_on_two_ranks(on_ranks: Callable[..., list[float]], work: Training, dtyp
     runs = [on_ranks(2, counted, GEOMETRIES["groups"], work, dtype) for _ in range(7)]
     for rank in range(2):
         assert_planned([run[rank] for run in runs], MOST_TOGETHER)
+
+
+OVER = [
+    pytest.param(PROMPT, id="prompt"),
+    pytest.param(changed(PROMPT, checkpointing=True), id="prompt with checkpointing"),
+    pytest.param(changed(LORA, lora_targets=ALL, lora_dropout=True), id="LoRA"),
+]
+
+
+@pytest.mark.parametrize("work", OVER)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_over_integers(work: Training, kind: str, dtype: torch.dtype) -> None:
+    scheme = Scheme.create(kind)
+    for name in ("groups", "wide FFN"):
+        assert_planned([counted(GEOMETRIES[name], work, dtype, 0, scheme) for _ in range(3)])
+
+
+def test_over_integers_that_our_kernels_widen(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products.enable():
+        pytest.skip("the kernels cannot be built here")
+    monkeypatch.setattr(products, "_loaded", True)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_planned([counted(GEOMETRIES["wide FFN"], PROMPT, dtype, 0, Scheme.create("int4")) for _ in range(3)])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_over_integers_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    for module in (products, widening):
+        monkeypatch.setattr(module, "PIECE", 100_000)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_planned([counted(GEOMETRIES["groups"], PROMPT, dtype, 0, Scheme.create(kind)) for _ in range(3)])
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_over_integers_on_two_ranks(on_ranks: Callable[..., list[float]], kind: str) -> None:
+    scheme = Scheme.create(kind)
+    runs = [on_ranks(2, counted, GEOMETRIES["groups"], PROMPT, torch.bfloat16, 0, scheme) for _ in range(5)]
+    for rank in range(2):
+        assert_planned([run[rank] for run in runs], MOST_TOGETHER)
+
+
+@pytest.mark.parametrize("work", OVER)
+@pytest.mark.parametrize("n_offloaded", [1, 3, 6])
+def test_over_layers_that_are_streamed(work: Training, n_offloaded: int) -> None:
+    assert_planned([counted(GEOMETRIES["deep"], work, torch.float32, 0, None, n_offloaded) for _ in range(3)])
 
 
 def trained_bytes(args: ModelArgs, work: Training) -> tuple[int, int]:
