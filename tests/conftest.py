@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Test modules lie in folders that mirror llama/; the tools lie here.
 sys.path.insert(0, str(Path(__file__).parent))
+# What tests and benchmarks both count with.
+sys.path.append(str(Path(__file__).parent.parent / "scripts" / "bench"))
 
 import torch
 from launch import Command

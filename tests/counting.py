@@ -1,19 +1,11 @@
-"""What a run really allocates: bytes of tensors alive at a time, counted by torch's own profiler.
-
-The profiler sees every allocation and release of torch's allocator, temporaries inside an operator
-included. Allocations of libraries below it (oneDNN's scratchpads, gloo's buffers) are not torch's.
-"""
+"""Shards with random weights, and what a run of them allocates beside what is planned."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
-from torch.profiler import ProfilerActivity, profile
+from allocations import empty_shard, peak_bytes
 
 from llama.checkpoint.activations import Workload, activation_bytes
-from llama.checkpoint.load import materialise
 from llama.checkpoint.opening import cut_model
 from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
@@ -22,23 +14,8 @@ from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.kernels import products
 from llama.model import Transformer
-from llama.offload import offload_blocks
 from llama.parallel import groups
-from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import Scheme
-
-
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes that were alive at once while `function` ran, beyond those alive before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
-        function()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
 
 GEOMETRIES = {
     "groups": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=2048, ffn_dim=704),
@@ -53,12 +30,7 @@ def frozen_shard(
 ) -> Transformer:
     """This rank's shard of a frozen model with random weights."""
     ranks = groups.current()
-    partition = cut_model(args, scheme, ranks.world_size)
-    model = Transformer(args, partition, ranks, device="meta", dtype=dtype).requires_grad_(False)
-    if scheme is not None:
-        quantize_layers(model, scheme)
-    offload_blocks(model, n_offloaded)
-    materialise(model, ranks.device)
+    model = empty_shard(cut_model(args, scheme, ranks.world_size), ranks, dtype, scheme, n_offloaded)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if name.endswith("scales"):

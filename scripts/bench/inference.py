@@ -1,11 +1,13 @@
-"""Prefill and decode speed and memory of our engine beside Hugging Face `generate`, on the same weights.
+"""Prefill and decode speed and memory of our engine beside its peers, on the same weights.
 
     python scripts/bench/inference.py --quick                             # a toy model, under a minute
-    python scripts/bench/inference.py --geometry llama-3.2-1b --output_json out.json
+    python scripts/bench/inference.py --precisions bf16,int8,int4 --scaling --output_json out.json --chart out.png
     python scripts/bench/inference.py --ckpt_dir ckpts/7B --dtype bf16 --world_size 2
+    python scripts/bench/inference.py --device cuda --geometry llama-2-7b --precisions bf16,int8,int4 --peers hf_static
 
-Both engines run in processes of their own and stay loaded; their runs take turns, so that whatever else the machine
-does meets both. One run of each is not counted. What the JSON file holds stands in `report.py`.
+The engines run in processes of their own and stay loaded; their runs take turns, one at a time, so that whatever else
+the machine does meets all of them. One run of each is not counted. What the JSON file holds stands in
+`inference_report.py`.
 
 Measured alike: prefill is the time from the prompts to the first new token of each; decode is the time of the
 `new_tokens` after it. For transformers that is `generate` with one new token, and what `new_tokens` more add to it.
@@ -15,36 +17,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
-import sys
-import tempfile
-from collections.abc import Iterator
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from peers import PEERS, Running, Setup, Timing
-from report import Report, equal_tokens, machine, now, peer_report, ratios, table, write_json
-from weights import random_rows, write_hf
+from comparison import Comparison, Job, gguf_files, take_turns, without_what_crashes
+from engines import PEERS
+from inference_report import build_report, draw, table
+from limits import Limits, measure_limits
+from peers import Running, Setup
+from report import Report, write_json
+from scaling import BATCH, check_scaling, lines, measure_scaling
+from weights import Weights, model_args, prepared_weights
 
 from llama import env
-from llama.checkpoint.hf_weights import checkpoint_rows
+from llama.checkpoint.plan import NAMES
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.config import ModelArgs
-from llama.console import notice
-from llama.device import choose_device, choose_dtype, set_threads
+from llama.device import DTYPES, choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError
+from llama.generation.steps import settle_mode
 from llama.generation.tasks import check_writable
-from llama.geometries import geometry as published_geometry
-from llama.parallel.partition import Partition
-
-# The bundled model's, for trying the benchmark itself.
-TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
-# For fine-tuning on a CPU: GPT-2's width and depth, 109.5 M parameters.
-SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
-UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -84,125 +79,6 @@ class Workload:
         return torch.randint(vocab_size, (self.batch_size, self.prompt_tokens), generator=generator).tolist()
 
 
-@dataclass(frozen=True)
-class Weights:
-    """The same weights in the layouts that the peers read.
-
-    Args:
-        name: the geometry or the checkpoint's folder.
-        layout: "random", "meta" or "hf".
-        args: the geometry.
-        folders, read_by: of each peer, what it reads and in which layout that is.
-    """
-
-    name: str
-    layout: str
-    args: ModelArgs
-    folders: dict[str, str]
-    read_by: dict[str, str]
-
-
-@contextlib.contextmanager
-def prepared_weights(
-    geometry: str, ckpt_dir: str | None, dtype: torch.dtype, keep_dir: str | None, seed: int
-) -> Iterator[Weights]:
-    """The weights of a run; what had to be written for it is deleted afterwards, unless it is kept."""
-    if ckpt_dir is None:
-        args = model_args(geometry)
-        with _folder(keep_dir, args) as (folder, is_new):
-            if is_new:
-                notice(f"writing {args.n_unique_params:,} random parameters, {NAMES[dtype]}")
-                write_hf(folder, args, dtype, random_rows(seed))
-            yield Weights(geometry, "random", args, dict.fromkeys(PEERS, str(folder)), dict.fromkeys(PEERS, "hf"))
-        return
-    checkpoint = open_checkpoint(ckpt_dir)
-    if checkpoint.format == "hf":
-        yield Weights(ckpt_dir, "hf", checkpoint.args, dict.fromkeys(PEERS, ckpt_dir), dict.fromkeys(PEERS, "hf"))
-        return
-    with _folder(keep_dir, checkpoint.args) as (folder, is_new):
-        if is_new:
-            notice("writing a copy in Hugging Face's layout for its peer")
-            stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
-            write_hf(folder, checkpoint.args, stored, checkpoint_rows(checkpoint), checkpoint.tensors)
-        folders = dict.fromkeys(PEERS, str(folder)) | {"ours": ckpt_dir}
-        read_by = dict.fromkeys(PEERS, "hf") | {"ours": checkpoint.format}
-        yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, folders, read_by)
-
-
-def model_args(name: str) -> ModelArgs:
-    """A published geometry, or one of `UNPUBLISHED`."""
-    return UNPUBLISHED.get(name) or published_geometry(name)
-
-
-@contextlib.contextmanager
-def _folder(keep_dir: str | None, args: ModelArgs) -> Iterator[tuple[Path, bool]]:
-    """A folder to write to and whether it is still empty: one to keep, or one that is deleted in the end."""
-    if keep_dir is not None:
-        folder = Path(keep_dir)
-        is_new = not (folder / "model.safetensors").exists()
-        if not is_new and open_checkpoint(folder).args != args:
-            raise LlamaError(f"{folder} holds another model: name an empty folder with --keep_dir")
-        yield folder, is_new
-        return
-    folder = Path(tempfile.mkdtemp(prefix="llama-bench-"))
-    try:
-        yield folder, True
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def measure(peers: list[Running], work: Workload, prompts: list[list[int]]) -> dict[str, list[Timing]]:
-    """The timings of each peer, their runs taking turns; a first round is not counted."""
-    timings: dict[str, list[Timing]] = {peer.name: [] for peer in peers}
-    for round_number in range(work.repeats + 1):
-        for peer in peers:
-            timing = peer.run(prompts, work.new_tokens)
-            if round_number:
-                timings[peer.name].append(timing)
-        notice(f"round {round_number} of {work.repeats}" if round_number else "warmed up")
-    return timings
-
-
-def build_report(
-    peers: list[Running], timings: dict[str, list[Timing]], work: Workload, weights: Weights, device: torch.device
-) -> Report:
-    """What `report.py` documents, from what was measured; peers still run."""
-    ours, n_tokens = peers[0].setup, work.batch_size
-    measured = {
-        peer.name: peer_report(peer, timings[peer.name], n_tokens * work.prompt_tokens, n_tokens * work.new_tokens)
-        for peer in peers
-    }
-    tokens = {name: runs[-1].tokens for name, runs in timings.items()}
-    agreeing = {name: equal_tokens(tokens["ours"], found) for name, found in tokens.items() if name != "ours"}
-    settings = {key: getattr(ours, key) for key in ("dtype", "device", "threads", "world_size", "tensor_split")}
-    return {
-        "date": now(),
-        "command": ["python", *sys.argv],
-        "machine": machine(device),
-        "model": {
-            "name": weights.name,
-            "n_params": weights.args.n_unique_params,
-            "args": dataclasses.asdict(weights.args),
-            "layout": weights.layout,
-            "read_by": weights.read_by,
-        },
-        "settings": settings | dataclasses.asdict(work),
-        "peers": measured,
-        "ratio": ratios(measured),
-        "same_tokens": all(count == work.new_tokens + 1 for count in agreeing.values()),
-        "equal_tokens": agreeing,
-    }
-
-
-def setups(ours: Setup, weights: Weights) -> dict[str, Setup]:
-    """How each peer is started: ours on its ranks, the others in one process on the same cores or card."""
-    others = dataclasses.replace(ours, world_size=1, tensor_split=None)
-    return {
-        name: dataclasses.replace(ours if name == "ours" else others, folder=folder)
-        for name, folder in weights.folders.items()
-    }
-
-
 def bench_device(device: str) -> torch.device:
     """The device of all peers: CUDA where there is a card, else the CPU.
 
@@ -237,27 +113,40 @@ def main(
     repeats: int | None = None,
     world_size: int = 1,
     tensor_split: str | None = None,
+    precisions: str | None = None,
+    group_size: int = 32,
+    peers: str | None = None,
+    compile: str = "auto",
+    scaling: bool = False,
     seed: int = 1,
     output_json: str | None = None,
+    chart: str | None = None,
     keep_dir: str | None = None,
     quick: bool = False,
 ) -> None:
-    """Measure our engine beside Hugging Face generate on the same weights.
+    """Measure our engine beside Hugging Face generate and llama.cpp on the same weights.
 
     Args:
         geometry: random weights of a published geometry, such as llama-3.2-1b (the default) or llama-2-7b, or tiny.
         ckpt_dir: a checkpoint in place of random weights, in any layout.
-        dtype: auto, fp32, bf16 or fp16, for both.
-        device: auto, cpu or cuda, for both.
+        dtype: auto, fp32, bf16 or fp16, for all that is not quantized.
+        device: auto, cpu or cuda, for all.
         threads: CPU threads of each peer, shared by its ranks; by default all cores.
         prompt_tokens: length of each prompt; 512, or 32 with --quick.
         new_tokens: tokens decoded after the first; 32, or 8 with --quick.
         batch_size: prompts at a time.
         repeats: counted runs of each peer; 5, or 3 with --quick.
-        world_size: ranks of ours; the peer always has one process.
+        world_size: ranks of ours; the peers always have one process.
         tensor_split: weights of our ranks, such as 3,1.
+        precisions: of our weights, each measured: bf16, int8 and int4 (output layer too), such as bf16,int8,int4.
+        group_size: columns that share a scale in int4.
+        peers: hf, hf_static (a cache of fixed size, compiled on a card) and llamacpp (on the CPU; bf16, q8_0 and q4_0
+            beside our bf16, int8 and int4); by default hf, and with --precisions on a CPU hf,llamacpp.
+        compile: auto, on or off, of ours.
+        scaling: measure too one rank beside as many as there are threads, and 8 prompts beside one.
         seed: of random weights and prompts.
         output_json: write everything measured to this file.
+        chart: draw the speeds into this PNG.
         keep_dir: keep the weights that are written in this folder, or use those of an earlier run.
         quick: a toy model and small numbers, to see that everything works.
     """
@@ -267,21 +156,57 @@ def main(
         raise LlamaError("--geometry and --ckpt_dir are given together: choose one")
     if threads is not None and threads < 1:
         raise LlamaError(f"threads must be at least 1, is {threads}")
-    check_writable(output_json)
+    settle_mode(compile)
+    for path in (output_json, chart):
+        check_writable(path)
     geometry = geometry or ("tiny" if quick else "llama-3.2-1b")
     work = Workload.settle(quick, prompt_tokens, new_tokens, repeats, batch_size, seed)
     where = bench_device(device)
     args, stored = announced(geometry, ckpt_dir)
-    Partition.create(args, world_size, tensor_split)  # raises before anything is written
-    compute = choose_dtype(dtype, where, stored, args.n_unique_params)
-    ours = Setup("", NAMES[compute], str(where), set_threads(threads), world_size, tensor_split)
-    with prepared_weights(geometry, ckpt_dir, compute, keep_dir, seed) as weights, contextlib.ExitStack() as stack:
-        peers = [stack.enter_context(Running(name, setup)) for name, setup in setups(ours, weights).items()]
-        timings = measure(peers, work, work.prompts(args.vocab_size))
-        report = build_report(peers, timings, work, weights, where)
+    compute = NAMES[choose_dtype(dtype, where, stored, args.n_unique_params)]
+    comparison = Comparison.settle(compute, precisions, peers, group_size, where.type)
+    comparison.check(args, world_size, tensor_split)  # raises before anything is written
+    compute, n_threads = comparison.dtype, set_threads(threads)
+    if scaling:
+        check_scaling(n_threads, world_size, args.n_heads)
+    ours = Setup("", compute, str(where), n_threads, world_size, tensor_split, compile=compile)
+    with contextlib.ExitStack() as stack:
+        weights = stack.enter_context(prepared_weights(geometry, ckpt_dir, DTYPES[compute], keep_dir, seed))
+        files = stack.enter_context(gguf_files(comparison, weights, keep_dir))
+        report = compare(comparison, comparison.setups(ours, weights, files), work, weights, where, quick)
+        if scaling:
+            prompts = dataclasses.replace(work, batch_size=BATCH).prompts(args.vocab_size)
+            alone = dataclasses.replace(ours, folder=weights.ours)
+            report["scaling"] = measure_scaling(alone, prompts, work.new_tokens, work.repeats)
     print(table(report))
+    if scaling:
+        print("", *lines(report["scaling"]), sep="\n")
     if output_json is not None:
         write_json(output_json, report)
+    if chart is not None:
+        draw(report, chart)
+
+
+def compare(
+    comparison: Comparison,
+    setups: Mapping[str, Setup],
+    work: Workload,
+    weights: Weights,
+    where: torch.device,
+    quick: bool,
+) -> Report:
+    """Start all engines, let them take turns, and report; what the machine can do is measured between the rounds."""
+    dtype, prompts = DTYPES[comparison.dtype], work.prompts(weights.args.vocab_size)
+    found = [measure_limits(where, dtype, quick)]
+    with contextlib.ExitStack() as stack:
+        setups = without_what_crashes(setups, prompts)
+        running = [stack.enter_context(Running(name, setup, PEERS)) for name, setup in setups.items()]
+        jobs = [Job(peer.name, peer, prompts) for peer in running]
+        timings = take_turns(
+            jobs, work.new_tokens, work.repeats, lambda: found.append(measure_limits(where, dtype, quick))
+        )
+        best = functools.reduce(Limits.better, found)
+        return build_report(running, timings, comparison, work, weights, best, where)
 
 
 if __name__ == "__main__":

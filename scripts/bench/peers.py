@@ -1,7 +1,7 @@
-"""The engines that are compared, each in processes of its own, driven from outside over pipes.
+"""Engines that are compared, each in processes of its own, driven from outside over pipes.
 
-A peer is a class with a name, `load` and `run`; `PEERS` lists them. To add one, write such a class: what it
-imports is imported in its own process only.
+A peer is a class with `load` and `run`; `engines.py` and `training_peers.py` hold those that there are. To add one,
+write such a class: what it imports is imported in its own process only.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
-from llama.device import DTYPES, choose_device, peak_memory, set_threads
+from llama.device import choose_device, peak_memory, set_threads
 from llama.errors import LlamaError
+from llama.quantization.scheme import Scheme
 
 Prompts = Sequence[Sequence[int]]
 
@@ -40,6 +41,9 @@ class Setup:
         threads: CPU threads of the whole peer; ranks share them.
         world_size: ranks that share the model.
         tensor_split: weights of the ranks; None for equal ones.
+        scheme: how ours quantizes the weights as it reads them; None keeps them.
+        compile: whether ours compiles: auto, on or off.
+        amx: when llama.cpp uses its kernels for the processor's matrix units: always, in decode, or never.
     """
 
     folder: str
@@ -48,6 +52,9 @@ class Setup:
     threads: int
     world_size: int = 1
     tensor_split: str | None = None
+    scheme: Scheme | None = field(default=None, kw_only=True)
+    compile: str = field(default="auto", kw_only=True)
+    amx: str = field(default="always", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -75,77 +82,6 @@ class Peer(Protocol):
         """One measured run, such as greedy decoding of one first token and `new_tokens` more for every prompt."""
 
 
-class Ours:
-    """Our engine, on any number of ranks."""
-
-    def load(self, setup: Setup) -> None:
-        """Open the checkpoint and read this rank's shard."""
-        from llama.checkpoint.load import load_model
-        from llama.checkpoint.source import open_checkpoint
-        from llama.generation.engine import Engine
-        from llama.parallel import groups
-        from llama.parallel.partition import Partition
-
-        checkpoint = open_checkpoint(setup.folder)
-        partition = Partition.create(checkpoint.args, setup.world_size, setup.tensor_split)
-        ranks = groups.start(choose_device(setup.device))
-        self.engine = Engine(load_model(checkpoint, partition, ranks, DTYPES[setup.dtype]), checkpoint.args.vocab_size)
-
-    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; making the cache counts as prefill."""
-        from llama.generation.engine import Request, Stats
-        from llama.generation.sampling import Sampling
-
-        greedy = Sampling(temperature=0)
-        requests = [Request(number, prompt, new_tokens + 1, greedy) for number, prompt in enumerate(prompts)]
-        self.engine.stats = Stats()
-        tokens: list[list[int]] = [[] for _ in prompts]
-        started = time.perf_counter()
-        for event in self.engine.run(requests, len(prompts)):
-            if event.token is not None:
-                tokens[event.index].append(event.token)
-        seconds = time.perf_counter() - started
-        decode = self.engine.stats.decode_seconds
-        return Timing(seconds - decode, decode, tokens)
-
-
-class HuggingFace:
-    """transformers' `generate`, in one process."""
-
-    def load(self, setup: Setup) -> None:
-        """Read the weights with `from_pretrained`."""
-        os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        try:
-            import transformers
-        except ImportError:
-            raise LlamaError("the Hugging Face peer needs transformers: pip install -e '.[hf]'") from None
-        transformers.utils.logging.disable_progress_bar()
-        self.device = choose_device(setup.device)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            setup.folder, dtype=DTYPES[setup.dtype], local_files_only=True
-        )
-        self.model = model.to(self.device).eval()
-        # Without end tokens, so that as many tokens come as are asked for and none is forbidden.
-        self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
-
-    def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; prefill is the time of one new token, decode what the others add to it."""
-        ids = torch.tensor(prompts, device=self.device)
-        first, _ = self._generate(ids, 1)
-        whole, tokens = self._generate(ids, new_tokens + 1)
-        return Timing(first, whole - first, tokens)
-
-    def _generate(self, ids: torch.Tensor, n_new: int) -> tuple[float, list[list[int]]]:
-        synchronize(self.device)
-        started = time.perf_counter()
-        with torch.inference_mode():
-            out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), min_new_tokens=n_new, max_new_tokens=n_new
-            )
-        synchronize(self.device)
-        return time.perf_counter() - started, out[:, ids.shape[1] :].tolist()
-
-
 @dataclass(frozen=True)
 class Kind:
     """A peer as the report knows it.
@@ -167,12 +103,6 @@ class Kind:
             return importlib.metadata.version(self.package or "llama-shards")
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
-
-
-PEERS = {
-    "ours": Kind(Ours, "ours"),
-    "hf": Kind(HuggingFace, "Hugging Face generate", "transformers"),
-}
 
 
 def synchronize(device: torch.device) -> None:
@@ -265,7 +195,7 @@ class Running:
         kinds: the engines that are compared.
     """
 
-    def __init__(self, name: str, setup: Setup, kinds: Mapping[str, Kind] = PEERS) -> None:
+    def __init__(self, name: str, setup: Setup, kinds: Mapping[str, Kind]) -> None:
         self.name, self.setup, self.kind = name, setup, kinds[name]
         self.loaded: list[Loaded] = []
         self.pipes: list[Connection] = []

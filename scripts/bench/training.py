@@ -20,13 +20,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from inference import NAMES, bench_device, model_args, prepared_weights
+from inference import bench_device
 from peers import Running
-from report import write_json
+from report import sizes, write_json
 from training_peers import LOOPS, Steps, TrainingSetup
 from training_report import Measured, build_report, chart, table
+from weights import model_args, prepared_weights
 
 from llama import env
+from llama.checkpoint.plan import NAMES
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.console import notice
@@ -131,14 +133,6 @@ def measure(names: Sequence[str], setup: TrainingSetup, work: Workload, batch_si
         return {loop.name: Measured(loop.kind, rounds[loop.name], loop.memory()[0], loop.loaded[0]) for loop in loops}
 
 
-def sizes(batch_sizes: str) -> list[int]:
-    """The numbers in `8,32`."""
-    words = [word.strip() for word in batch_sizes.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise LlamaError(f"--batch_sizes takes numbers from 1 on, such as 8,32, not {batch_sizes!r}")
-    return [int(word) for word in words]
-
-
 def main(
     dataset: str | None = None,
     tokenizer_path: str | None = None,
@@ -192,7 +186,7 @@ def main(
     check_writable(chart_path)
     geometry = geometry or ("tiny" if quick else "110m")
     max_seq_len = min(max_seq_len, 128) if quick else max_seq_len
-    wanted = sizes(batch_sizes or ("4" if quick else "8,32"))
+    wanted = sizes("batch_sizes", batch_sizes or ("4" if quick else "8,32"))
     where, args = bench_device(device), model_args(geometry)
     compute = choose_dtype(dtype or ("fp32" if quick else "bf16"), where, torch.bfloat16, args.n_unique_params)
     examples = read_examples(args, dataset, tokenizer_path, max_seq_len, seed)
@@ -202,7 +196,7 @@ def main(
     prompt = torch.randn(num_virtual_tokens, args.dim, generator=generator) * args.dim**-0.5
     setup = TrainingSetup("", NAMES[compute], str(where), set_threads(threads), 1, None, prompt, lr, max_seq_len)
     with prepared_weights(geometry, None, compute, keep_dir, seed) as weights:
-        setup = dataclasses.replace(setup, folder=weights.folders["ours"])
+        setup = dataclasses.replace(setup, folder=weights.ours)
         way, trial = fastest_trainer(setup, work, wanted[0])
         found = {}
         for size in wanted:

@@ -26,18 +26,17 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import charts
 import torch
 from peers import Kind, Loaded, Memory
-from report import Report, cell, machine, now, spread
+from report import Report, beginning, beginning_lines, cell, spread
 from training_peers import Steps, TrainingSetup
 
 from llama.config import ModelArgs
-from llama.errors import LlamaError
 
 if TYPE_CHECKING:
     from training import Workload
@@ -68,9 +67,7 @@ def build_report(
     """What the head of this file documents."""
     flops = 4 * (args.n_params - args.vocab_size * args.dim) / (peak_tflops * 1e12) if peak_tflops else None
     return {
-        "date": now(),
-        "command": ["python", *sys.argv],
-        "machine": machine(device),
+        **beginning(device),
         "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
         "settings": {
             "dtype": setup.dtype, "device": setup.device, "threads": setup.threads,
@@ -134,8 +131,7 @@ def table(report: Report) -> str:
 
 
 def _heading(report: Report) -> list[str]:
-    model, settings, host = report["model"], report["settings"], report["machine"]
-    card = f", {host['card']}" if host["card"] else ""
+    model, settings = report["model"], report["settings"]
     trial = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["trial"].items())
     return [
         f"{model['name']}: {model['n_params']:,} parameters, {settings['dtype']} on {settings['device']}, "
@@ -143,9 +139,7 @@ def _heading(report: Report) -> list[str]:
         f"{settings['num_virtual_tokens']} virtual tokens, {settings['n_examples']:,} examples of at most "
         f"{settings['max_seq_len']} tokens; median of {settings['rounds']} interleaved rounds of {settings['steps']} "
         "steps (min–max)",
-        f"{host['cpu']}, {host['cores']} cores, {host['memory_bytes'] / 1e9:.0f} GB{card}; {host['system']}, "
-        f"Python {host['python']}, torch {host['torch']}",
-        f"{report['date']}  {' '.join(report['command'])}",
+        *beginning_lines(report),
         *([f"Trainer's way to compute in bf16, tried first: {trial}"] if trial else []),
     ]
 
@@ -167,26 +161,12 @@ def _rows(report: Report, size: str) -> list[str]:
 
 
 def chart(report: Report, path: str) -> None:
-    """Draw speed and losses of every batch size into a PNG.
-
-    Raises:
-        LlamaError: without matplotlib.
-    """
-    try:
-        import matplotlib
-    except ImportError:
-        raise LlamaError("a chart needs matplotlib: pip install -e '.[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw speed and losses of every batch size into a PNG."""
     batches = report["batches"]
-    figure, rows = pyplot.subplots(len(batches), 2, figsize=(10, 3.2 * len(batches)), squeeze=False)
-    for (size, batch), (speed, losses) in zip(batches.items(), rows, strict=True):
-        _draw_speed(speed, batch, size)
-        _draw_losses(losses, batch)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)
+    with charts.panels(path, len(batches), 2) as rows:
+        for (size, batch), (speed, losses) in zip(batches.items(), rows, strict=False):
+            _draw_speed(speed, batch, size)
+            _draw_losses(losses, batch)
 
 
 def _colour(name: str) -> str:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
 from collections.abc import Container, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llama.checkpoint.hf_config import hf_config
-from llama.checkpoint.hf_weights import Rows, tensor_bytes, write_weights
+from llama.checkpoint.hf_weights import Rows, checkpoint_rows, tensor_bytes, write_weights
 from llama.checkpoint.layout import Spec, specs
+from llama.checkpoint.plan import NAMES
+from llama.checkpoint.source import open_checkpoint
 from llama.config import ModelArgs
+from llama.console import notice
 from llama.errors import LlamaError
+from llama.geometries import geometry as published_geometry
 
 PIECE_ELEMENTS = 16 << 20
+# The bundled model's, for trying the benchmark itself.
+TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
+# For fine-tuning on a CPU: GPT-2's width and depth, 109.5 M parameters.
+SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
+UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
 
 
 def random_rows(seed: int) -> Rows:
@@ -67,3 +78,73 @@ def write_hf(
         for name in write_weights(Path(unfinished), stored, rows):
             (Path(unfinished) / name).replace(folder / name)
     return folder
+
+
+# -- of a run ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The same weights in the layouts that the peers read.
+
+    Args:
+        name: the geometry or the checkpoint's folder.
+        layout: "random", "meta" or "hf".
+        args: the geometry.
+        ours, hf: the folders that we and transformers read.
+        ours_layout: the layout of ours.
+    """
+
+    name: str
+    layout: str
+    args: ModelArgs
+    ours: str
+    hf: str
+    ours_layout: str = "hf"
+
+
+@contextlib.contextmanager
+def prepared_weights(
+    geometry: str, ckpt_dir: str | None, dtype: torch.dtype, keep_dir: str | None, seed: int
+) -> Iterator[Weights]:
+    """The weights of a run; what had to be written for it is deleted afterwards, unless it is kept."""
+    if ckpt_dir is None:
+        args = model_args(geometry)
+        with _folder(keep_dir, args) as (folder, is_new):
+            if is_new:
+                notice(f"writing {args.n_unique_params:,} random parameters, {NAMES[dtype]}")
+                write_hf(folder, args, dtype, random_rows(seed))
+            yield Weights(geometry, "random", args, str(folder), str(folder))
+        return
+    checkpoint = open_checkpoint(ckpt_dir)
+    if checkpoint.format == "hf":
+        yield Weights(ckpt_dir, "hf", checkpoint.args, ckpt_dir, ckpt_dir)
+        return
+    with _folder(keep_dir, checkpoint.args) as (folder, is_new):
+        if is_new:
+            notice("writing a copy in Hugging Face's layout for its peer")
+            stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
+            write_hf(folder, checkpoint.args, stored, checkpoint_rows(checkpoint), checkpoint.tensors)
+        yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, ckpt_dir, str(folder), checkpoint.format)
+
+
+def model_args(name: str) -> ModelArgs:
+    """A published geometry, or one of `UNPUBLISHED`."""
+    return UNPUBLISHED.get(name) or published_geometry(name)
+
+
+@contextlib.contextmanager
+def _folder(keep_dir: str | None, args: ModelArgs) -> Iterator[tuple[Path, bool]]:
+    """A folder to write to and whether it is still empty: one to keep, or one that is deleted in the end."""
+    if keep_dir is not None:
+        folder = Path(keep_dir)
+        is_new = not (folder / "model.safetensors").exists()
+        if not is_new and open_checkpoint(folder).args != args:
+            raise LlamaError(f"{folder} holds another model: name an empty folder with --keep_dir")
+        yield folder, is_new
+        return
+    folder = Path(tempfile.mkdtemp(prefix="llama-bench-"))
+    try:
+        yield folder, True
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from counting import frozen_shard, peak_bytes
+from allocations import peak_bytes
+from counting import frozen_shard
 
 from llama.checkpoint import memory, widening
 from llama.checkpoint.check import check_fit

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from counting import peak_bytes
+from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import peak_bytes
+from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,

@@ -1,0 +1,222 @@
+"""What a rank holds while a model of 7B runs, counted one rank at a time: weights, cache, activations.
+
+    python scripts/bench/memory.py --quick                                    # a toy model, under a minute
+    python scripts/bench/memory.py --output_json memory.json --chart memory.png
+
+The engine runs a full batch through prefill and one decode step, as one rank of several over torch's fake process
+group, and torch's profiler tells of every allocation. Weights are not read from anywhere: their numbers do not change
+what is held. Ranks whose shards have the same sizes are counted once. A GB is 1e9 bytes.
+
+What the JSON file holds stands in `memory_report.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from allocations import DTYPE, empty_shard, held_bytes, peaks
+from lone_rank import alone
+from memory_report import draw, table
+from report import Report, beginning, write_json
+from weights import model_args
+
+from llama import env
+from llama.checkpoint.activations import Workload
+from llama.checkpoint.memory import Memory
+from llama.checkpoint.opening import cut_model, kernels_pay
+from llama.checkpoint.plan import GB, Planner, Setting
+from llama.cli import run
+from llama.config import ModelArgs
+from llama.console import notice
+from llama.device import set_threads
+from llama.errors import LlamaError
+from llama.generation.engine import Engine, Request
+from llama.generation.sampling import Sampling
+from llama.generation.tasks import check_writable
+from llama.kernels.products import enable
+from llama.model import Transformer
+from llama.parallel.groups import Ranks
+from llama.parallel.partition import FFN_BLOCK, Partition
+from llama.quantization.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose ranks are counted.
+
+    Args:
+        world_size, batch_size: ranks, and sequences at a time.
+        precision: "bf16", or how the weights are quantized.
+        limit, ancestor: bytes of a rank that it should stay within, and that the ancestor of this project took.
+    """
+
+    world_size: int
+    batch_size: int
+    precision: str
+    limit: float | None = None
+    ancestor: float | None = None
+
+    def scheme(self, group_size: int) -> Scheme | None:
+        """How weights are quantized; None where they are not."""
+        return None if self.precision == "bf16" else Scheme.create(self.precision, group_size)
+
+
+CASES = (
+    Case(4, 32, "bf16", 6.0 * GB, 7 * GB),
+    Case(4, 32, "int4", 3.6 * GB, 7 * GB),
+    Case(2, 8, "bf16", 8.3 * GB, 9 * GB),
+)
+QUICK = (Case(2, 4, "bf16"), Case(2, 4, "int4"), Case(3, 2, "bf16"))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Bytes that one rank held; prefill and decode beyond weights and cache."""
+
+    rank: int
+    weights: int
+    cache: int
+    prefill: int
+    decode: int
+
+    @property
+    def total(self) -> int:
+        """The most at a time."""
+        return self.weights + self.cache + max(self.prefill, self.decode)
+
+
+def count(partition: Partition, rank: int, case: Case, tokens: int, scheme: Scheme | None) -> Counted:
+    """Run one rank of `case` and count what it holds."""
+    args, size = partition.args, case.batch_size
+    with alone(rank, case.world_size) as ranks:
+        model = empty_shard(partition, ranks, DTYPE, scheme)
+        # A first token from the prefill and one from a decode step.
+        requests = [Request(index, [1] * (tokens - 2), 2, Sampling(temperature=0)) for index in range(size)]
+        events = Engine(model, args.vocab_size).run(requests, size)
+        prefill, decode = peaks(lambda: take(events, size), lambda: take(events, size))
+        cache = model.new_cache(size, tokens).nbytes
+        return Counted(rank, held_bytes(model), cache, prefill - cache, decode - cache)
+
+
+def take(events: Iterator[Any], number: int) -> None:
+    """Let a run go on until so many events have come."""
+    for _ in islice(events, number):
+        pass
+
+
+def distinct_ranks(partition: Partition) -> list[int]:
+    """The first rank of each size of shard."""
+    sizes: dict[tuple[int, ...], int] = {}
+    for rank in range(partition.world_size):
+        cuts = (partition.heads, partition.kv_heads, partition.ffn, partition.vocab)
+        sizes.setdefault(tuple(len(cut[rank]) for cut in cuts), rank)
+    return list(sizes.values())
+
+
+def planned_bytes(args: ModelArgs, case: Case, tokens: int, scheme: Scheme | None) -> int:
+    """What the plan says of the fullest rank."""
+    planner = Planner(args, "cpu", Memory(("a rank",), (0,), grows=True))
+    plan = planner.plan(Setting(case.world_size, Workload(case.batch_size, tokens), DTYPE, scheme=scheme))
+    return max(rank.total() for rank in plan.ranks)
+
+
+def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Report:
+    """An entry of `cases`."""
+    notice(f"counting {case.world_size} ranks, batch {case.batch_size}, {case.precision}")
+    set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
+    scheme = case.scheme(group_size)
+    partition = cut_model(args, scheme, case.world_size)
+    if kernels_pay(partition, DTYPE.itemsize):
+        enable()
+    ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
+    return {
+        "world_size": case.world_size,
+        "batch_size": case.batch_size,
+        "precision": case.precision,
+        "limit_bytes": case.limit,
+        "ancestor_bytes": case.ancestor,
+        "planned_bytes": planned_bytes(args, case, tokens, scheme),
+        "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in ranks],
+    }
+
+
+# -- unequal ranks ---------------------------------------------------------------------------------
+
+
+def split_report(args: ModelArgs, tensor_split: str, batch_size: int, tokens: int) -> Report:
+    """Whether ranks hold what their weights say, to one unit; nothing is allocated for it."""
+    partition = Partition.create(args, len(tensor_split.split(",")), tensor_split)
+    n_ranks = partition.world_size
+    models = [Transformer(args, partition, Ranks(rank, n_ranks), device="meta", dtype=DTYPE) for rank in range(n_ranks)]
+    held = [sum(p.nbytes for p in model.parameters()) + model.new_cache(batch_size, tokens).nbytes for model in models]
+    whole = (2 * args.n_layers + 1) * args.dim * DTYPE.itemsize  # the norms, which every rank has
+    own = [nbytes - whole for nbytes in held]
+    shares = [nbytes / sum(own) for nbytes in own]
+    misfit = max(abs(share - wanted) for share, wanted in zip(shares, partition.weights, strict=True)) * sum(own)
+    group = 2 * args.head_dim * ((args.group_size + 1) * args.dim + batch_size * tokens)
+    block = 3 * FFN_BLOCK * args.dim
+    return {
+        "tensor_split": tensor_split,
+        "batch_size": batch_size,
+        "precision": "bf16",
+        "ranks": held,
+        "shares": shares,
+        "wanted": list(partition.weights),
+        "unit_bytes": max(group, block) * args.n_layers * DTYPE.itemsize,
+        "misfit_bytes": round(misfit),
+    }
+
+
+def main(
+    geometry: str | None = None,
+    tokens: int | None = None,
+    tensor_split: str = "3,1",
+    group_size: int = 32,
+    output_json: str | None = None,
+    chart: str | None = None,
+    quick: bool = False,
+) -> None:
+    """Count what a rank holds while a model runs.
+
+    Args:
+        geometry: a published geometry, llama-2-7b by default, or tiny.
+        tokens: of a sequence, prompt and completion together; 512, or 32 with --quick.
+        tensor_split: weights of unequal ranks, whose shares are compared with them.
+        group_size: of int4.
+        output_json: write everything counted to this file.
+        chart: draw it into this PNG.
+        quick: a toy model, to see that everything works.
+    """
+    if env.world_size() > 1:
+        raise LlamaError("start this without torchrun: it counts one rank after another")
+    tokens = (32 if quick else 512) if tokens is None else tokens
+    if tokens < 3:
+        raise LlamaError(f"tokens must be at least 3 (a prompt and two new ones), is {tokens}")
+    for path in (output_json, chart):
+        check_writable(path)
+    geometry = geometry or ("tiny" if quick else "llama-2-7b")
+    args, cases = model_args(geometry), QUICK if quick else CASES
+    for case in cases:  # raises before anything is counted
+        cut_model(args, case.scheme(group_size), case.world_size)
+    split = split_report(args, tensor_split, cases[-1].batch_size, tokens)
+    report = {
+        **beginning(torch.device("cpu")),
+        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "settings": {"tokens": tokens, "group_size": group_size},
+        "cases": [count_case(args, case, tokens, group_size) for case in cases],
+        "split": split,
+    }
+    print(table(report))
+    if output_json is not None:
+        write_json(output_json, report)
+    if chart is not None:
+        draw(report, chart)
+
+
+if __name__ == "__main__":
+    run(main)
