@@ -121,13 +121,12 @@ def _fill(model: Transformer, checkpoint: Checkpoint, held: dict[str, Spec]) -> 
             if name in checkpoint.tensors and checkpoint.tensors[name].spec.dtype == held[name].dtype:
                 checkpoint.tensors[name].read_into(place, parameter.data)
             elif name.endswith(WEIGHT):
-                scales = parameters[name.removesuffix(WEIGHT) + SCALES]
-                _read_quantized(model, checkpoint, held[name], parameter.data, scales.data)
+                _read_quantized(model, checkpoint, held[name], parameters)
             bar.update(parameter.nbytes)
 
 
 def _read_quantized(
-    model: Transformer, checkpoint: Checkpoint, spec: Spec, packed: torch.Tensor, scales: torch.Tensor
+    model: Transformer, checkpoint: Checkpoint, spec: Spec, parameters: dict[str, nn.Parameter]
 ) -> None:
     """Round this rank's part of a matrix of numbers into its integers and scales."""
     if spec.form is None:
@@ -136,6 +135,7 @@ def _read_quantized(
             "quantize the original checkpoint again"
         )
     source = checkpoint.tensors[spec.name]
+    packed, scales = (parameters[name].data for name in (spec.name, spec.name.removesuffix(WEIGHT) + SCALES))
     part = source.spec.own(model.partition, model.ranks.rank)
     for rows, integers, sizes in quantized_chunks(source, spec.form, part, packed.device):
         packed[rows], scales[rows] = integers, sizes
