@@ -107,9 +107,11 @@ def test_weights_of_integers_and_offloaded_layers(scheme: Scheme, n_offloaded: i
             offload = offload_of(model)
             assert offload is not None
             assert items["buffers"].nbytes == offload.buffer_bytes
+            held -= sum(parameter.nbytes for home in offload.homes for parameter in home.parameters)
             if device == "cuda":
                 assert items["offloaded"].nbytes == offload.host_bytes
-                held -= offload.host_bytes
+            else:
+                held += offload.host_bytes
         assert items["weights"].nbytes == held
         assert plan.ranks[rank].total(in_host=True) == (offload.host_bytes if n_offloaded and device == "cuda" else 0)
 
