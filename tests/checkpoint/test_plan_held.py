@@ -107,9 +107,11 @@ def test_weights_of_integers_and_offloaded_layers(scheme: Scheme, n_offloaded: i
             offload = offload_of(model)
             assert offload is not None
             assert items["buffers"].nbytes == offload.buffer_bytes
+            held -= sum(parameter.nbytes for home in offload.homes for parameter in home.parameters)
             if device == "cuda":
                 assert items["offloaded"].nbytes == offload.host_bytes
-                held -= offload.host_bytes
+            else:
+                held += offload.host_bytes
         assert items["weights"].nbytes == held
         assert plan.ranks[rank].total(in_host=True) == (offload.host_bytes if n_offloaded and device == "cuda" else 0)
 
@@ -143,15 +145,17 @@ def test_fewer_bits_and_layers_elsewhere_are_proposed() -> None:
 
 
 def test_a_quantized_checkpoint_is_planned_as_it_is() -> None:
-    held = Scheme.create("int4", 64)
-    ours = dataclasses.replace(planner("4GB", 1), stored=held)
-    wanted = Setting(1, Workload(32, 512), torch.float16, None, held)
-    advised = ours.advise(wanted)
+    held = Scheme.create("int8")
+    ours, wanted = planner("6GB", 1), Setting(1, Workload(4, 512), torch.float16, None, held)
+    assert any(setting.scheme != held for setting in ours.advise(wanted))
+    advised = dataclasses.replace(ours, stored=held).advise(wanted)
     assert advised
     for setting in advised:
         assert setting.scheme == held
         assert "--quantize" not in command(setting, "DIR", stored=held)
-    assert "--quantize int4 --group_size 64" in command(wanted, "DIR")
+    other = Scheme.create("int4", 64, "none", "int8")
+    flags = "--quantize int4 --group_size 64 --quantize_output none --quantize_embedding int8"
+    assert flags in command(dataclasses.replace(wanted, scheme=other), "DIR")
 
 
 def test_main_memory_may_be_too_little_for_layers() -> None:
