@@ -174,10 +174,11 @@ def test_without_matplotlib_there_is_a_line(
 
 def test_weights_that_were_kept_are_used_again(tmp_path: Path) -> None:
     folder = str(tmp_path / "w")
+    written = set()
     for _ in range(2):
         with prepared_weights("tiny", None, torch.bfloat16, folder, 1) as weights:
-            written = (Path(weights.ours) / "model.safetensors").stat().st_mtime_ns
-    assert written == (tmp_path / "w" / "model.safetensors").stat().st_mtime_ns
+            written.add((Path(weights.ours) / "model.safetensors").stat().st_mtime_ns)
+    assert len(written) == 1
     with (
         pytest.raises(LlamaError, match="holds another model"),
         prepared_weights("110m", None, torch.bfloat16, folder, 1),
