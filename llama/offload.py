@@ -25,8 +25,8 @@ from llama.errors import UsageError
 from llama.model import Transformer
 
 N_BUFFERS = 2
-# Bytes: every tensor of a layer begins at a multiple of it, as those that torch allocates on a CPU do.
-ALIGNMENT = 64
+# Bytes: every tensor of a layer begins at a multiple of it, as those do that torch allocates on a card.
+ALIGNMENT = 512
 
 
 def check_offload(n_offloaded: int, n_layers: int) -> None:

@@ -202,7 +202,7 @@ def test_what_is_copied_is_counted(folder: Path) -> None:
 def test_a_card_computes_the_same(folder: Path, kind: str | None) -> None:
     results = []
     for n_offloaded in (0, HALF, N_LAYERS):
-        before = groups.start(torch.device("cuda", 0))
+        groups.start(torch.device("cuda", 0))
         try:
             model = loaded(folder, n_offloaded, kind)
             tokens = torch.arange(1, 25, device="cuda").view(2, 12)
@@ -221,6 +221,5 @@ def test_a_card_computes_the_same(folder: Path, kind: str | None) -> None:
                 assert overlap.waiting >= 0
         finally:
             groups.start(torch.device("cpu"))
-        del before
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))

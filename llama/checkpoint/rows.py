@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llama.checkpoint.files import Index
 from llama.checkpoint.source import SourceTensor
-from llama.kernels.formats import Form, quantize, row_scales, to_int8
+from llama.kernels.formats import Form
+from llama.kernels.products import pack
 
 CHUNK_BYTES = 16 << 20
 
@@ -55,10 +56,5 @@ def quantized_chunks(
     by_row = form.kind == "int8"
     whole_rows = (rows, tensor.spec.whole[1])
     for first, values in row_chunks(tensor, torch.float32, part=whole_rows if by_row else (rows, columns)):
-        values = values.to(device)
-        if by_row:
-            scales = row_scales(values)
-            packed = to_int8(values[:, columns], scales)
-        else:
-            packed, scales = quantize(values, form)
+        packed, scales = pack(values.to(device), form, columns if by_row else slice(None))
         yield slice(first, first + len(values)), packed, scales

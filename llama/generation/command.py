@@ -153,7 +153,7 @@ def _details(completion: Completion, settings: Settings) -> str:
     return f"({len(completion.tokens)} tokens, mean log-probability {mean:.4f} nats, {completion.finish_reason})\n"
 
 
-def write_json(path: str | None, records: list[dict[str, Any]]) -> None:
+def write_json(path: str | None, records: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
     """Write the results on rank 0, beside and renamed, so that no half of a file is left; nothing without a path.
 
     Raises:

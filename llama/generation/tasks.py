@@ -14,6 +14,7 @@ from llama.checkpoint.activations import Workload
 from llama.data.templates import FORMATS
 from llama.errors import LlamaError, UsageError
 from llama.generation.sampling import Sampling
+from llama.tokenizer.texts import read_text
 
 # The bundled model was trained for these; see ckpts/tiny/README.md.
 TINY_PROMPTS = (
@@ -232,16 +233,6 @@ def _texts_of_file(path: Path) -> list[str]:
     if not lines:
         raise LlamaError(f"{path} holds no prompt: write one a line, or a JSON list in a .json file")
     return _list_of_texts(text, str(path)) if path.suffix == ".json" else lines
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text, or a `LlamaError` that names the file."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise LlamaError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise LlamaError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
 def read_dialogs(path: str) -> list[Dialog]:

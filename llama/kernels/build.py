@@ -21,8 +21,9 @@ import torch
 from llama.console import notice
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-# Sums may be taken in any order; infinities and NaN stay what they are.
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-std=c++20", "-shared", "-fPIC")
+# Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.
+ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+FLAGS = ("-O3", "-march=native", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
 OPENMP = ("-fopenmp",)
 
 

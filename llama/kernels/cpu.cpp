@@ -16,8 +16,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
+#include <tuple>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -267,6 +270,67 @@ at::Tensor int4_values(const at::Tensor& w, const at::Tensor& scales, const at::
   return out;
 }
 
+// -- from numbers to integers, to the bit as llama/kernels/formats.py -------------------------------------------------
+
+// The value of largest magnitude, sign and all; the first of several.
+float largest_of(const float* values, int64_t n) {
+  float largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::abs(values[i]));
+  return *std::find_if(values, values + n - 1, [&](float value) { return std::abs(value) == largest; });
+}
+
+// values [N, K] float32: columns from start to stop as int8, and the scales [N] of the whole rows.
+std::tuple<at::Tensor, at::Tensor> int8_pack(const at::Tensor& values, int64_t start, int64_t stop) {
+  const int64_t n_rows = values.size(0), columns = values.size(1), width = stop - start;
+  auto packed = at::empty({n_rows, width}, values.options().dtype(at::kChar));
+  auto scales = at::empty({n_rows}, values.options());
+  const auto rows = values.contiguous();
+  const float* from = rows.const_data_ptr<float>();
+  auto* to = packed.mutable_data_ptr<int8_t>();
+  float* factors = scales.mutable_data_ptr<float>();
+  share_rows(n_rows, 4 * columns, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const float* row = from + n * columns;
+      const float largest = std::abs(largest_of(row, columns)), scale = largest > 0 ? largest / 127 : 1;
+      factors[n] = scale;
+#pragma omp simd
+      for (int64_t k = 0; k < width; ++k)
+        to[n * width + k] = static_cast<int>(std::min(std::max(std::rint(row[start + k] / scale), -127.0f), 127.0f));
+    }
+  });
+  return {packed, scales};
+}
+
+// values [N, K] float32 as int4 [N, K / 2], and the scales [N, K / group] bfloat16.
+std::tuple<at::Tensor, at::Tensor> int4_pack(const at::Tensor& values, int64_t group) {
+  const int64_t n_rows = values.size(0), columns = values.size(1), n_groups = columns / group;
+  TORCH_CHECK(n_groups * group == columns && group % BLOCK == 0 && group <= 128);
+  auto packed = at::empty({n_rows, columns / 2}, values.options().dtype(at::kByte));
+  auto scales = at::empty({n_rows, n_groups}, values.options().dtype(at::kBFloat16));
+  const auto rows = values.contiguous();
+  const float* from = rows.const_data_ptr<float>();
+  auto* to = packed.mutable_data_ptr<uint8_t>();
+  auto* factors = scales.mutable_data_ptr<at::BFloat16>();
+  share_rows(n_rows, 4 * columns, [&](int64_t first, int64_t last) {
+    std::array<uint8_t, 128> numbers;
+    for (int64_t i = first * n_groups; i < last * n_groups; ++i) {
+      const float* at = from + i * group;
+      const at::BFloat16 rounded = largest_of(at, group) / -8;
+      const float scale = rounded == 0 ? 1.0f : static_cast<float>(rounded);
+      factors[i] = scale;
+#pragma omp simd
+      for (int64_t k = 0; k < group; ++k)
+        numbers[k] = static_cast<int>(std::min(std::max(std::rint(at[k] / scale) + 8, 0.0f), 15.0f));
+      for (int64_t k = 0; k < group; k += BLOCK)
+#pragma omp simd
+        for (int64_t j = 0; j < BLOCK / 2; ++j)
+          to[(i * group + k) / 2 + j] = numbers[k + j] | numbers[k + j + BLOCK / 2] << 4;
+    }
+  });
+  return {packed, scales};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(llama_shards, library) {
@@ -274,6 +338,8 @@ TORCH_LIBRARY(llama_shards, library) {
   library.def("int8_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
   library.def("int4_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
+  library.def("int8_pack(Tensor values, int start, int stop) -> (Tensor, Tensor)");
+  library.def("int4_pack(Tensor values, int group) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
@@ -281,4 +347,6 @@ TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
   library.impl("int8_linear", &int8_linear);
   library.impl("int4_linear", &int4_linear);
   library.impl("int4_values", &int4_values);
+  library.impl("int8_pack", &int8_pack);
+  library.impl("int4_pack", &int4_pack);
 }

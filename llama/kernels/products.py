@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels.build import load_kernels
-from llama.kernels.formats import dequantize
+from llama.kernels.formats import Form, dequantize, quantize, row_scales, to_int8
 
 # Rows of x up to which integers are multiplied as they are; beyond, widening them first costs less.
 FEW_ROWS = 16
@@ -50,6 +50,22 @@ def packed_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
         )
         return kernel(x, packed, scales)
     return _in_pieces(x, packed, scales)
+
+
+def pack(rows: Tensor, form: Form, columns: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Rows [N, K] float32 rounded to the nearest: the packed integers of some columns, and their scales.
+
+    int8's scales are those of the whole rows, whatever columns are wanted.
+    """
+    if _loaded and rows.device.type == "cpu":
+        if form.kind == "int4":
+            return torch.ops.llama_shards.int4_pack(rows[:, columns], form.group_size)
+        start, stop, _ = columns.indices(rows.shape[1])
+        return torch.ops.llama_shards.int8_pack(rows, start, stop)
+    if form.kind == "int4":
+        return quantize(rows[:, columns], form)
+    scales = row_scales(rows)
+    return to_int8(rows[:, columns], scales), scales
 
 
 def values(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

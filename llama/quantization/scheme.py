@@ -95,6 +95,8 @@ class Scheme:
         parts = [_words(self.linears), f"output {_words(self.output)}"]
         if self.embedding is not None:
             parts.append(f"embedding {_words(self.embedding)}")
+        if self.calibrated:
+            parts.append("calibrated")
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:

@@ -138,9 +138,10 @@ MEASURE = """
 import json, sys, threading, time
 import psutil, torch
 from llama.checkpoint.load import load_model
+from llama.checkpoint.opening import cut_model
 from llama.checkpoint.source import open_checkpoint
 from llama.parallel.groups import Ranks
-from llama.parallel.partition import Partition
+from llama.quantization.asked import Asked
 
 folder, rank, world_size, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
 torch.set_num_threads(1)
@@ -156,8 +157,9 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 checkpoint = open_checkpoint(folder)
-partition = Partition.create(checkpoint.args, world_size)
-model = load_model(checkpoint, partition, Ranks(rank, world_size), dtype)
+scheme = Asked(*sys.argv[5:]).scheme()
+partition = cut_model(checkpoint.args, scheme, world_size)
+model = load_model(checkpoint, partition, Ranks(rank, world_size), dtype, scheme)
 shard = sum(p.nbytes for p in model.parameters())
 assert all(bool(p.isfinite().all()) for p in model.parameters())
 print(json.dumps({"growth": max(peak, resident().rss) - before, "shard": shard}))
@@ -182,6 +184,18 @@ def big_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return folders
 
 
+def measured(root: Path, folder: Path, *words: str) -> tuple[int, dict[str, int]]:
+    """Bytes of the files, and what loading them took."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.pth"))
+    assert stored > 380 * MIB
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder), *words], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return stored, json.loads(result.stdout)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("n_files", "rank", "world_size", "dtype"),
@@ -190,17 +204,22 @@ def big_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_loading_costs_little_more_than_the_shard(
     big_folders: dict[int, Path], root: Path, n_files: int, rank: int, world_size: int, dtype: str
 ) -> None:
-    folder = big_folders[n_files]
-    stored = sum(file.stat().st_size for file in folder.glob("*.pth"))
-    assert stored > 380 * MIB
-    command = [sys.executable, "-c", MEASURE, str(folder), str(rank), str(world_size), dtype]
-    result = subprocess.run(
-        command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    figures = json.loads(result.stdout)
+    stored, figures = measured(root, big_folders[n_files], str(rank), str(world_size), dtype)
     ideal = stored * {"bfloat16": 1, "float32": 2}[dtype] / world_size
     assert 0.9 * ideal < figures["shard"] < 1.1 * ideal
     # Mapping or reading whole files would cost `stored` on top.
     assert figures["growth"] <= 1.15 * figures["shard"] + 200 * MIB
     assert figures["growth"] <= 1.15 * figures["shard"] + 0.4 * stored
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantize", "rank", "world_size"), [("int8", 0, 1), ("int4", 0, 1), ("int4", 1, 2)])
+def test_quantizing_costs_little_more_than_the_integers(
+    big_folders: dict[int, Path], root: Path, quantize: str, rank: int, world_size: int
+) -> None:
+    stored, figures = measured(root, big_folders[2], str(rank), str(world_size), "bfloat16", quantize)
+    # The embedding of 33 MB is kept as it is.
+    assert figures["shard"] < stored / world_size * {"int8": 0.56, "int4": 0.36}[quantize]
+    # As above; the model in bfloat16 would cost some 200 MB more.
+    assert figures["growth"] <= 1.15 * figures["shard"] + 200 * MIB
+    assert figures["growth"] <= figures["shard"] + 0.45 * stored

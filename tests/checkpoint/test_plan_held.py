@@ -15,7 +15,7 @@ from counting import GEOMETRIES, counted
 from support import hf_model, sentencepiece_model, write_meta
 
 from llama import Llama
-from llama.checkpoint import memory, widening
+from llama.checkpoint import check, memory, widening
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
@@ -215,6 +215,24 @@ def test_the_refusal_proposes_integers_and_they_are_let_through(
     assert Llama.build(checkpoint, device="cpu", dtype="fp32", plan=work, quantize="int8")
     with pytest.raises(LlamaError, match=r"for buffers"):
         Llama.build(checkpoint, device="cpu", dtype="fp32", plan=work, quantize="int8", offload_layers=2)
+
+
+def test_the_main_memory_beside_cards_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = dataclasses.replace(GEOMETRIES["groups"], n_layers=12)
+
+    def refused(n_bytes: int) -> str:
+        monkeypatch.setattr(
+            check, "own_pool", lambda device: (device.type, 9_000_000 * (device.type == "cuda") or n_bytes)
+        )
+        with pytest.raises(LlamaError) as error:
+            check.check_fit(args, torch.device("cuda"), torch.bfloat16, 1, None, Workload(1, 16))
+        return str(error.value)
+
+    assert re.search(r"--offload_layers \d+", refused(10**9))
+    assert "--offload_layers" not in refused(1_000_000)
+    # Asked for, and too little.
+    with pytest.raises(LlamaError, match=r"rank 0 needs .* for offloaded .*, but 1\.00 MB are there"):
+        check.check_fit(args, torch.device("cuda"), torch.bfloat16, 1, None, Workload(1, 16), offload_layers=10)
 
 
 def test_a_quantized_checkpoint_is_checked_as_it_is(

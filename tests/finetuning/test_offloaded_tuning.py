@@ -12,6 +12,8 @@ from offloading import HALF, N_LAYERS, loaded, write_deep
 from support import DIM
 from tuning_support import batch_of
 
+from llama.errors import UsageError
+from llama.finetuning.command import train
 from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.speed import checkpoint_blocks
@@ -73,3 +75,17 @@ def test_beside_activation_checkpointing(folder: Path) -> None:
     for n_offloaded in (HALF, N_LAYERS):
         ours = trained(folder, n_offloaded, "lora", None, checkpointing=True)
         assert ours["losses"] == expected["losses"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"offload_layers": 5}, "--offload_layers 5: the model has 4 layers"),
+        ({"offload_layers": -1}, "--offload_layers -1: the model has 4 layers"),
+        ({"offload_layers": 2, "compile": True}, "--compile and --offload_layers are given together"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        train(output_dir=str(tmp_path / "saved"), **flags)
+    assert not (tmp_path / "saved").exists()

@@ -60,6 +60,19 @@ def test_numbers_are_the_same_both_ways(way: str, form: Form, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_rounding_is_the_same_both_ways(way: str, form: Form) -> None:
+    rows = matrix(50, 384) * torch.logspace(-3, 3, 50).unsqueeze(1)
+    rows[3] = 0
+    rows[4, ::2] = -rows[4, 1::2]  # magnitudes that are as large as each other
+    expected = quantize(rows, form)
+    for found, right in zip(products.pack(rows, form), expected, strict=True):
+        assert torch.equal(found, right)
+    packed, scales = products.pack(rows, form, slice(128, 256))
+    assert torch.equal(packed, expected[0][:, 128 // form.columns_per_byte : 256 // form.columns_per_byte])
+    assert torch.equal(scales, expected[1] if form.kind == "int8" else quantize(rows[:, 128:256], form)[1])
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_the_numbers(way: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "PIECE", 20 * 128)  # several pieces
     packed, scales = quantize(matrix(77, 128), form)
