@@ -18,7 +18,7 @@ from counting import frozen_shard
 from links import LINKS, Link, parse_links, seconds
 from lone_rank import alone
 from torch.profiler import ProfilerActivity, profile
-from weights import TINY
+from weights import TINY, prepared_weights
 
 from llama.checkpoint.opening import cut_model
 from llama.errors import LlamaError
@@ -170,3 +170,17 @@ def test_without_matplotlib_there_is_a_line(
         assert not rows
     assert "no chart" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_were_kept_are_used_again(tmp_path: Path) -> None:
+    folder = str(tmp_path / "w")
+    written = set()
+    for _ in range(2):
+        with prepared_weights("tiny", None, torch.bfloat16, folder, 1) as weights:
+            written.add((Path(weights.ours) / "model.safetensors").stat().st_mtime_ns)
+    assert len(written) == 1
+    with (
+        pytest.raises(LlamaError, match="holds another model"),
+        prepared_weights("110m", None, torch.bfloat16, folder, 1),
+    ):
+        pass

@@ -14,7 +14,7 @@ from llama.config import ModelArgs
 from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
 
 # Large enough that no cache holds it.
-READ_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
+READ_BYTES = 1 << 30
 # Sides of the matrices that are multiplied: rows of a prompt, and of a square weight.
 MATMUL = {"cpu": (512, 4096), "cuda": (8192, 8192)}
 TRIES = 5
@@ -39,12 +39,16 @@ class Limits:
 
 def measure_limits(device: torch.device, dtype: torch.dtype, quick: bool = False) -> Limits:
     """What `device` can do now with the threads that torch has; `quick` with little memory and work."""
-    n_bytes = READ_BYTES[device.type] // (16 if quick else 1)
+    n_bytes = READ_BYTES // (16 if quick else 1)
     rows, side = (size // (4 if quick else 1) for size in MATMUL[device.type])
     left = torch.ones(rows, side, device=device, dtype=dtype)
     right = torch.ones(side, side, device=device, dtype=dtype)
     flops = 2 * rows * side**2 / fastest(lambda: torch.nn.functional.linear(left, right), device)
-    return Limits(read_speed(device, n_bytes), flops)
+    found = Limits(read_speed(device, n_bytes), flops)
+    if device.type == "cuda":
+        del left, right
+        torch.cuda.empty_cache()  # the engines share the card
+    return found
 
 
 def read_speed(device: torch.device, n_bytes: int) -> float:

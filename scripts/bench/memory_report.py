@@ -89,7 +89,9 @@ def draw(report: Report, path: str) -> None:
             axes.set_yticks(range(len(report["cases"])), [words(case) for case in report["cases"]])
             axes.invert_yaxis()
             axes.set_xlabel("GB of a rank")
-            axes.legend(*_once(axes), frameon=False, fontsize="small")
+            axes.legend(
+                *_once(axes), frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3
+            )
         for axes in (row[1] for row in rows):
             _draw_split(axes, report["split"])
 

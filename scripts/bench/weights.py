@@ -139,7 +139,8 @@ def _folder(keep_dir: str | None, args: ModelArgs) -> Iterator[tuple[Path, bool]
     if keep_dir is not None:
         folder = Path(keep_dir)
         is_new = not (folder / "model.safetensors").exists()
-        if not is_new and open_checkpoint(folder).args != args:
+        # A width can be written in several ways: the file's way decides.
+        if not is_new and hf_config(open_checkpoint(folder).args, torch.float32) != hf_config(args, torch.float32):
             raise LlamaError(f"{folder} holds another model: name an empty folder with --keep_dir")
         yield folder, is_new
         return
