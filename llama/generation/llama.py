@@ -196,7 +196,7 @@ class Llama:
                 )  # fmt: skip
         ranks = groups.start(opened.device, model_parallel_size)
         with groups.phase("load"):
-            if mode != "off":
+            if compile != "off":
                 opened.prepare_kernels()
             model = opened.load(ranks, offload_layers)
             if isinstance(adapter, LoraAdapter):
