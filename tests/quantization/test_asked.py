@@ -52,7 +52,8 @@ def test_what_is_stored_may_be_asked_for(asked: Asked | str | Scheme | None) -> 
     ],
 )
 def test_anything_else_needs_the_original(asked: Asked | str | Scheme, words: str) -> None:
-    expected = rf"ckpts/7B-int4 is quantized already \(int4 in groups of 64, output int8, calibrated\): {words} needs the original"
+    held = r"\(int4 in groups of 64, output int8, calibrated\)"
+    expected = rf"ckpts/7B-int4 is quantized already {held}: {words} needs the original"
     with pytest.raises(QuantizationError, match=expected):
         settle(asked, STORED, HERE)
 
