@@ -21,6 +21,7 @@
 #include <cmath>
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -30,8 +31,8 @@ namespace {
 
 constexpr int64_t BLOCK = 32;    // columns of int4 that are packed together
 constexpr int64_t TILE = 4;      // rows of x for which a matrix row is widened once
-constexpr int64_t AHEAD = 1024;  // bytes; half of it or three times as much measured slower
-constexpr int64_t RUN = 1 << 16;    // bytes of rows that a thread takes at a time
+constexpr int64_t AHEAD = 1024;  // bytes; integers, which are through sooner, look two or three times as far
+constexpr int64_t RUN = 1 << 20;    // bytes of rows that a thread takes at a time: memory slows down with shorter ones
 constexpr int64_t ALONE = 1 << 16;  // bytes of a matrix for which starting threads costs more than it saves
 
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
@@ -40,8 +41,9 @@ inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
 // rows as they come to them: cores are not equally fast, and other programs want them too.
 template <typename Run>
 void share_rows(int64_t n_rows, int64_t bytes, const Run& run) {
-  const int64_t step = std::max<int64_t>(1, RUN / std::max<int64_t>(1, bytes));
   const int64_t n_threads = n_rows * bytes < ALONE ? 1 : std::min<int64_t>(at::get_num_threads(), n_rows);
+  const int64_t most = RUN / std::max<int64_t>(1, bytes), equal = (n_rows + n_threads - 1) / std::max<int64_t>(1, n_threads);
+  const int64_t step = std::max<int64_t>(1, std::min(most, equal));
   std::atomic<int64_t> next{0};
   at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
     for (int64_t first = next.fetch_add(step); first < n_rows; first = next.fetch_add(step))
@@ -118,17 +120,17 @@ void dot_int8(const int8_t* w, const float* x, int64_t stride, int64_t n, float*
     for (int m = 0; m < M; ++m) sums[m] += static_cast<float>(w[k]) * x[m * stride + k];
 }
 
-// The scales of the 16 blocks from column k on.
+// The scales of the 16 blocks from column k on, as far as there are columns.
 template <int64_t GROUP>
-void load_scales(const at::BFloat16* scales, int64_t k, float* out) {
+void load_scales(const at::BFloat16* scales, int64_t k, int64_t n, float* out) {
 #if defined(__AVX512F__)
-  if constexpr (GROUP == BLOCK) {
+  if (GROUP == BLOCK && k + 16 * BLOCK <= n) {
     const auto halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + k / GROUP));
     _mm512_storeu_si512(out, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
     return;
   }
 #endif
-  for (int64_t block = 0; block < 16; ++block) out[block] = scales[(k + block * BLOCK) / GROUP];
+  for (int64_t block = 0; block < 16; ++block) out[block] = scales[std::min(k + block * BLOCK, n - 1) / GROUP];
 }
 
 // M sums of one int4 row with M rows of x; GROUP columns share a scale.
@@ -144,7 +146,7 @@ void dot_int4(const uint8_t* w, const at::BFloat16* scales, const float* x, int6
     for (int c = 0; c < CHAINS; ++c) total[m][c] = _mm512_setzero_ps();
   alignas(64) float factors[16];
   for (; k + 16 * BLOCK <= n; k += 16 * BLOCK) {
-    load_scales<GROUP>(scales, k, factors);
+    load_scales<GROUP>(scales, k, n, factors);
     for (int step = 0; step < 16; step += CHAINS) {
       const int64_t base = k + step * BLOCK;
       prefetch(w + base / 2 + AHEAD);
@@ -180,27 +182,100 @@ void dot_int4(const uint8_t* w, const at::BFloat16* scales, const float* x, int6
   }
 }
 
-// Calls `dot.operator()<M>(row, x, sums)` for every row of the matrix and every tile of rows of x; y[m, n] is a sum.
+#if defined(__AVX512VNNI__)
+#define LLAMA_INTEGER_DOT
+
+constexpr int64_t SPAN = 128;  // columns of int4 in a vector of bytes
+
+// A row of x as integers of 15 bits, of which each block of 32 columns has its own scale: finer than bfloat16 by far,
+// and a product with four bits is then one of bytes. Per span of 128 columns, in the order in which the nibbles of int4
+// come: the upper bytes of the low and of the high halves of its four blocks, then the lower ones.
+struct Fixed {
+  std::vector<int8_t> bytes;   // [K / 128][2 planes][2 halves][64]
+  std::vector<int32_t> start;  // [K / 128][16]: what the bias of 8 takes off, at the first lane of each block
+  std::vector<float> scales;   // [K / 32, and some]
+
+  Fixed(const float* x, int64_t n) : bytes(2 * n), start(n / 8), scales(n / BLOCK + 16) {
+    for (int64_t k = 0; k < n; k += BLOCK) take_block(x + k, k);
+  }
+
+  void take_block(const float* x, int64_t k) {
+    float largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < BLOCK; ++j) largest = std::max(largest, std::abs(x[j]));
+    const float factor = largest > 0 ? 16256 / largest : 0;
+    scales[k / BLOCK] = largest / 16256;
+    int32_t sum = 0;
+    for (int64_t half = 0; half < 2; ++half) {
+      int8_t* to = bytes.data() + k / SPAN * 4 * 64 + half * 64 + k % SPAN / 2;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < 16; ++j) {
+        const int32_t value = static_cast<int32_t>(std::rint(x[half * 16 + j] * factor)), upper = (value + 64) >> 7;
+        to[j] = upper;
+        to[j + 128] = value - upper * 128;
+        sum += value;
+      }
+    }
+    start[k / SPAN * 16 + k % SPAN / 8] = -8 * sum;
+  }
+};
+
+// M sums of one int4 row with M rows of x as integers; n is a multiple of 128.
+template <int M, int64_t GROUP>
+void dot_int4(const uint8_t* w, const at::BFloat16* scales, const Fixed* x, int64_t n, float* sums) {
+  const __m512i low_half = _mm512_set1_epi8(15);
+  const __m512i lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  __m512 total[M];
+  for (int m = 0; m < M; ++m) total[m] = _mm512_setzero_ps();
+  alignas(64) float factors[16];
+  for (int64_t k = 0; k < n; k += 16 * BLOCK) {
+    const int64_t stop = std::min(n, k + 16 * BLOCK);
+    load_scales<GROUP>(scales, k, n, factors);
+    __m512 scale[M];
+    for (int m = 0; m < M; ++m)
+      scale[m] = _mm512_mul_ps(_mm512_load_ps(factors), _mm512_loadu_ps(x[m].scales.data() + k / BLOCK));
+    __m512i lane = lanes;
+    for (int64_t at = k; at < stop; at += SPAN) {
+      prefetch(w + at / 2 + 3 * AHEAD);
+      const __m512i both = _mm512_loadu_si512(w + at / 2);
+      const __m512i low = _mm512_and_si512(both, low_half);
+      const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+      for (int m = 0; m < M; ++m) {
+        const int8_t* bytes = x[m].bytes.data() + 2 * at;
+        __m512i upper = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, _mm512_loadu_si512(bytes));
+        __m512i lower = _mm512_dpbusd_epi32(_mm512_loadu_si512(x[m].start.data() + at / 8), low,
+                                            _mm512_loadu_si512(bytes + 128));
+        upper = _mm512_dpbusd_epi32(upper, high, _mm512_loadu_si512(bytes + 64));
+        lower = _mm512_dpbusd_epi32(lower, high, _mm512_loadu_si512(bytes + 192));
+        const __m512 part = _mm512_cvtepi32_ps(_mm512_add_epi32(lower, _mm512_slli_epi32(upper, 7)));
+        total[m] = _mm512_fmadd_ps(part, _mm512_permutexvar_ps(lane, scale[m]), total[m]);
+      }
+      lane = _mm512_add_epi32(lane, _mm512_set1_epi32(4));
+    }
+  }
+  for (int m = 0; m < M; ++m) sums[m] = _mm512_reduce_add_ps(total[m]);
+}
+#endif
+
+// Calls `dot.operator()<M>(n, m, sums)` for every row n of a matrix and every tile of rows of x, from m on; y[m, n] is
+// a sum. A row of the matrix holds `row_bytes`.
 template <typename Dot>
 at::Tensor products(const at::Tensor& x, int64_t n_rows, int64_t row_bytes, const Dot& dot) {
-  const int64_t columns = x.size(-1), n_x = x.numel() / columns;
-  const auto wide = x.to(at::kFloat).contiguous();
+  const int64_t n_x = x.numel() / x.size(-1);
   auto shape = x.sizes().vec();
   shape.back() = n_rows;
-  auto y = at::empty(shape, wide.options());
-  const float* xs = wide.const_data_ptr<float>();
+  auto y = at::empty(shape, x.options().dtype(at::kFloat));
   float* out = y.mutable_data_ptr<float>();
   share_rows(n_rows, row_bytes, [&](int64_t first, int64_t last) {
     for (int64_t n = first; n < last; ++n)
       for (int64_t m = 0; m < n_x; m += TILE) {
         float sums[TILE];
-        const float* at = xs + m * columns;
         const int64_t count = std::min(TILE, n_x - m);
         switch (count) {
-          case 1: dot.template operator()<1>(n, at, sums); break;
-          case 2: dot.template operator()<2>(n, at, sums); break;
-          case 3: dot.template operator()<3>(n, at, sums); break;
-          default: dot.template operator()<4>(n, at, sums);
+          case 1: dot.template operator()<1>(n, m, sums); break;
+          case 2: dot.template operator()<2>(n, m, sums); break;
+          case 3: dot.template operator()<3>(n, m, sums); break;
+          default: dot.template operator()<4>(n, m, sums);
         }
         for (int64_t i = 0; i < count; ++i) out[(m + i) * n_rows + n] = sums[i];
       }
@@ -214,9 +289,38 @@ at::Tensor int8_linear(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   const auto* ws = w.const_data_ptr<int8_t>();
   const float* factors = scales.const_data_ptr<float>();
   const int64_t columns = w.size(1);
-  return products(x, w.size(0), w.size(1), [&]<int M>(int64_t n, const float* at, float* sums) {
-    dot_int8<M>(ws + n * columns, at, columns, columns, sums);
+  const auto wide = x.to(at::kFloat).contiguous();
+  const float* xs = wide.const_data_ptr<float>();
+  return products(x, w.size(0), columns, [&]<int M>(int64_t n, int64_t m, float* sums) {
+    dot_int8<M>(ws + n * columns, xs + m * columns, columns, columns, sums);
     for (int m = 0; m < M; ++m) sums[m] *= factors[n];
+  });
+}
+
+#if defined(LLAMA_INTEGER_DOT)
+template <int64_t GROUP>
+at::Tensor int4_products(const at::Tensor& x, const uint8_t* w, const at::BFloat16* scales, int64_t n_rows) {
+  const int64_t columns = x.size(-1);
+  const auto wide = x.to(at::kFloat).contiguous();
+  std::vector<Fixed> rows;
+  for (int64_t m = 0; m < x.numel() / columns; ++m) rows.emplace_back(wide.const_data_ptr<float>() + m * columns, columns);
+  return products(x, n_rows, columns / 2, [&]<int M>(int64_t n, int64_t m, float* sums) {
+    dot_int4<M, GROUP>(w + n * columns / 2, scales + n * (columns / GROUP), rows.data() + m, columns, sums);
+  });
+}
+#endif
+
+template <int64_t GROUP>
+at::Tensor int4_sums(const at::Tensor& x, const uint8_t* w, const at::BFloat16* scales, int64_t n_rows) {
+  const int64_t columns = x.size(-1);
+#if defined(LLAMA_INTEGER_DOT)
+  // What is given in float32 is wanted in float32.
+  if (x.scalar_type() != at::kFloat && columns % SPAN == 0) return int4_products<GROUP>(x, w, scales, n_rows);
+#endif
+  const auto wide = x.to(at::kFloat).contiguous();
+  const float* xs = wide.const_data_ptr<float>();
+  return products(x, n_rows, columns / 2, [&]<int M>(int64_t n, int64_t m, float* sums) {
+    dot_int4<M, GROUP>(w + n * columns / 2, scales + n * (columns / GROUP), xs + m * columns, columns, columns, sums);
   });
 }
 
@@ -227,15 +331,10 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& w, const at::Tenso
   TORCH_CHECK(w.scalar_type() == at::kByte && w.is_contiguous() && scales.is_contiguous());
   const auto* ws = w.const_data_ptr<uint8_t>();
   const auto* factors = scales.const_data_ptr<at::BFloat16>();
-  const auto product = [&]<int64_t GROUP>() {
-    return products(x, w.size(0), w.size(1), [&]<int M>(int64_t n, const float* at, float* sums) {
-      dot_int4<M, GROUP>(ws + n * columns / 2, factors + n * (columns / GROUP), at, columns, columns, sums);
-    });
-  };
   switch (group) {
-    case 32: return product.template operator()<32>();
-    case 64: return product.template operator()<64>();
-    case 128: return product.template operator()<128>();
+    case 32: return int4_sums<32>(x, ws, factors, w.size(0));
+    case 64: return int4_sums<64>(x, ws, factors, w.size(0));
+    case 128: return int4_sums<128>(x, ws, factors, w.size(0));
     default: TORCH_CHECK(false, "int4 has groups of 32, 64 or 128, not ", group);
   }
 }
