@@ -342,28 +342,71 @@ at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& w, const at::Tenso
 // -- back to numbers, for products of many rows ---------------------------------------------------------------------
 
 template <typename T>
-void widen_int4(const uint8_t* w, const at::BFloat16* scales, int64_t n, int64_t group, T* out) {
-  for (int64_t k = 0; k < n; k += BLOCK) {
-    const float scale = scales[k / group];
-    for (int64_t j = 0; j < BLOCK / 2; ++j) {
-      const int byte = w[k / 2 + j];
-      out[k + j] = static_cast<T>(((byte & 15) - 8) * scale);
-      out[k + j + 16] = static_cast<T>(((byte >> 4) - 8) * scale);
-    }
+void widen_int8(const int8_t* w, float scale, int64_t n, T* out) {
+  for (int64_t k = 0; k < n; ++k) out[k] = static_cast<T>(w[k] * scale);
+}
+
+template <typename T>
+void widen_int4(const uint8_t* w, float scale, T* out) {
+  for (int64_t j = 0; j < BLOCK / 2; ++j) {
+    out[j] = static_cast<T>(((w[j] & 15) - 8) * scale);
+    out[j + BLOCK / 2] = static_cast<T>(((w[j] >> 4) - 8) * scale);
   }
+}
+
+#if defined(__AVX512BF16__)
+inline void store(at::BFloat16* out, __m512 values) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+template <>
+void widen_int8(const int8_t* w, float scale, int64_t n, at::BFloat16* out) {
+  int64_t k = 0;
+  for (; k + 16 <= n; k += 16) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + k)));
+    store(out + k, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), _mm512_set1_ps(scale)));
+  }
+  for (; k < n; ++k) out[k] = w[k] * scale;
+}
+
+template <>
+void widen_int4(const uint8_t* w, float scale, at::BFloat16* out) {
+  const __m512 numbers = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512 table = _mm512_mul_ps(numbers, _mm512_set1_ps(scale));
+  const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
+  store(out, _mm512_permutexvar_ps(pairs, table));
+  store(out + BLOCK / 2, _mm512_permutexvar_ps(_mm512_srli_epi32(pairs, 4), table));
+}
+#endif
+
+// w [N, K] int8, scales [N] float32 to [N, K] of `like`'s dtype.
+at::Tensor int8_values(const at::Tensor& w, const at::Tensor& scales, const at::Tensor& like) {
+  TORCH_CHECK(w.is_contiguous() && scales.is_contiguous());
+  const int64_t columns = w.size(1);
+  auto out = at::empty({w.size(0), columns}, like.options());
+  const auto* ws = w.const_data_ptr<int8_t>();
+  const float* factors = scales.const_data_ptr<float>();
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "int8_values", [&] {
+    auto* values = out.mutable_data_ptr<scalar_t>();
+    share_rows(w.size(0), columns, [&](int64_t first, int64_t last) {
+      for (int64_t n = first; n < last; ++n) widen_int8(ws + n * columns, factors[n], columns, values + n * columns);
+    });
+  });
+  return out;
 }
 
 // w [N, K / 2] uint8, scales [N, K / group] bfloat16 to [N, K] of `like`'s dtype.
 at::Tensor int4_values(const at::Tensor& w, const at::Tensor& scales, const at::Tensor& like) {
-  const int64_t columns = 2 * w.size(1), group = columns / scales.size(1);
+  TORCH_CHECK(w.is_contiguous() && scales.is_contiguous());
+  const int64_t columns = 2 * w.size(1), n_groups = scales.size(1), group = columns / n_groups;
   auto out = at::empty({w.size(0), columns}, like.options());
   const auto* ws = w.const_data_ptr<uint8_t>();
   const auto* factors = scales.const_data_ptr<at::BFloat16>();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, out.scalar_type(), "int4_values", [&] {
     auto* values = out.mutable_data_ptr<scalar_t>();
-    share_rows(w.size(0), columns, [&](int64_t first, int64_t last) {
-      for (int64_t n = first; n < last; ++n)
-        widen_int4(ws + n * columns / 2, factors + n * (columns / group), columns, group, values + n * columns);
+    share_rows(w.size(0), columns / 2, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * n_groups; i < last * n_groups; ++i)
+        for (int64_t k = i * group; k < (i + 1) * group; k += BLOCK) widen_int4(ws + k / 2, float(factors[i]), values + k);
     });
   });
   return out;
@@ -436,6 +479,7 @@ TORCH_LIBRARY(llama_shards, library) {
   library.def("bf16_row(Tensor x, Tensor w) -> Tensor");
   library.def("int8_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
+  library.def("int8_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
   library.def("int4_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
   library.def("int8_pack(Tensor values, int start, int stop) -> (Tensor, Tensor)");
   library.def("int4_pack(Tensor values, int group) -> (Tensor, Tensor)");
@@ -445,6 +489,7 @@ TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
   library.impl("bf16_row", &bf16_row);
   library.impl("int8_linear", &int8_linear);
   library.impl("int4_linear", &int4_linear);
+  library.impl("int8_values", &int8_values);
   library.impl("int4_values", &int4_values);
   library.impl("int8_pack", &int8_pack);
   library.impl("int4_pack", &int4_pack);

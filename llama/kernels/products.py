@@ -18,8 +18,8 @@ from llama.kernels.formats import Form, dequantize, quantize, row_scales, to_int
 
 # Rows of x up to which integers are multiplied as they are; beyond, widening them first costs less.
 FEW_ROWS = 16
-# Numbers of a matrix that are widened at a time.
-PIECE = 16 << 20
+# Numbers of a matrix that are widened at a time: few enough to stay in a cache until they are multiplied.
+PIECE = 4 << 20
 
 _loaded = False
 
@@ -70,8 +70,10 @@ def pack(rows: Tensor, form: Form, columns: slice = slice(None)) -> tuple[Tensor
 
 def values(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers that integers stand for, [N, K]."""
-    if _loaded and packed.dtype == torch.uint8 and packed.device.type == "cpu":
-        return torch.ops.llama_shards.int4_values(packed, scales, torch.empty(0, dtype=dtype))
+    if _loaded and packed.device.type == "cpu":
+        kernels = torch.ops.llama_shards
+        widen = kernels.int8_values if packed.dtype == torch.int8 else kernels.int4_values
+        return widen(packed, scales, torch.empty(0, dtype=dtype))
     return dequantize(packed, scales, dtype)
 
 
@@ -124,7 +126,9 @@ def _register_shapes() -> None:
 
     for name in ("bf16_row", "int8_linear", "int4_linear"):
         torch.library.register_fake(f"llama_shards::{name}", product)
-    torch.library.register_fake(
-        "llama_shards::int4_values",
-        lambda packed, scales, like: like.new_empty(packed.shape[0], 2 * packed.shape[1]),
-    )
+    for name, per_byte in (("int8_values", 1), ("int4_values", 2)):
+
+        def numbers(packed: Tensor, scales: Tensor, like: Tensor, per_byte: int = per_byte) -> Tensor:
+            return like.new_empty(packed.shape[0], per_byte * packed.shape[1])
+
+        torch.library.register_fake(f"llama_shards::{name}", numbers)
