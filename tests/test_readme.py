@@ -49,13 +49,14 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tuned_tiny: Path) -> Path
     ckpts = folder / "ckpts"
     ckpts.mkdir()
     (ckpts / "tiny").symlink_to(ROOT / "ckpts" / "tiny")
-    model = hf_model("1")
+    model = hf_model("1", intermediate_size=192)  # whole groups of 32, as 7B has
     write_meta(ckpts / "7B", model, embedding_dim=1)
     write_meta(ckpts / "7B_fs4", model, n_shards=4, embedding_dim=1, stem="fs_consolidated")
     sentencepiece_model(ckpts, VOCAB)
     (folder / "datasets").mkdir()
     records = [{"instruction": f"Say w{n}", "input": "", "output": f"fox {n}"} for n in range(24)]
     (folder / "datasets" / "alpaca_data.json").write_text(json.dumps(records))
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog and runs away again " * 40)
     (folder / "saved").symlink_to(tuned_tiny)
     return folder
 

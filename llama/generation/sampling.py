@@ -181,7 +181,8 @@ def _gather_candidates(
     From `widest` on, the largest part of the vocabulary that a rank holds, that is all tokens.
     """
     count = min(count, widest)
-    best, at = scores.topk(min(count, scores.shape[-1]))
+    # Looking for one is several times faster than for the best so many.
+    best, at = scores.max(-1, keepdim=True) if count == 1 else scores.topk(min(count, scores.shape[-1]))
     columns = torch.stack((best, logits.gather(-1, at), ids[at].to(torch.int32).view(torch.float32)))
     columns = torch.nn.functional.pad(columns, (0, count - columns.shape[-1]), value=-torch.inf)
     packed = torch.cat((columns.permute(1, 0, 2).flatten(1), norms.T), dim=-1)  # [B, 3 C + 2]

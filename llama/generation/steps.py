@@ -74,7 +74,7 @@ class Steps:
         self.n_announced = 0
         self._decode: Callable[..., Tensor] = self._decode_step
         self._fill: Callable[..., Tensor] = self._fill_step
-        self.compiled = False
+        self.compiled = self._announced = False
         if mode == "on":
             self._compile(prefill=True)
 
@@ -97,10 +97,16 @@ class Steps:
             self.mode = "off"
             return
         options = {"triton.cudagraphs": True, "coordinate_descent_tuning": True} if device.type == "cuda" else {}
-        self._decode = _Compiled(self._decode_step, options)
+        self._decode = _Compiled(self._decode_step, options, self._announce)
         if prefill:
-            self._fill = _Compiled(self._fill_step, {})
+            self._fill = _Compiled(self._fill_step, {}, self._announce)
         self.compiled = True
+
+    def _announce(self) -> None:
+        """Say once what takes so long."""
+        if not self._announced:
+            notice("compiling…")
+            self._announced = True
 
     # -- passes ------------------------------------------------------------------------------------
 
@@ -143,15 +149,12 @@ def _mark_dynamic(*inputs: Any) -> None:
 class _Compiled:
     """A pass as one graph, compiled when it is first called; as it was, if that fails."""
 
-    def __init__(self, run: Callable[..., Tensor], options: dict[str, Any]) -> None:
-        self._plain = run
+    def __init__(self, run: Callable[..., Tensor], options: dict[str, Any], announce: Callable[[], None]) -> None:
+        self._plain, self._announce = run, announce
         self._run: Callable[..., Tensor] = torch.compile(run, fullgraph=True, options=options)
-        self._announced = False
 
     def __call__(self, *args: Any) -> Tensor:
-        if not self._announced:
-            notice("compiling…")
-            self._announced = True
+        self._announce()
         # Importing the compiler takes seconds: only here, where it is used.
         from torch._dynamo.exc import TorchDynamoException
 
