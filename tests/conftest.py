@@ -19,6 +19,8 @@ import torch
 from launch import Command
 from ranks import RankPools
 
+from llama.kernels import products
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -34,6 +36,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_one_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that enables the CPU's kernels does not enable them for those after it."""
+    monkeypatch.setattr(products, "_loaded", False)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ Shape legend: M rows of x, N rows of the matrix, K columns.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ class _PackedLinear(torch.autograd.Function):
         return total, None, None
 
 
+@cache
 def _register_shapes() -> None:
     """What torch.compile needs to know: the shapes that the kernels give."""
 
