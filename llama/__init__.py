@@ -5,6 +5,12 @@
 >>> llama.text_completion(["3 + 4 ="], temperature=0)
 """
 
+# ruff: noqa: E402
+
+from llama import env
+
+env.wait_briefly()  # OpenMP reads it when torch is loaded
+
 from llama.chat import AlpacaFormat, Llama2Format, Llama3Format
 from llama.config import ModelArgs, RopeScaling
 from llama.errors import LlamaError

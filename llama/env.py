@@ -1,4 +1,4 @@
-"""What torchrun left in the environment: this process's place among the others."""
+"""The environment: what torchrun left there of this process's place among the others, and what we add to it."""
 
 import os
 
@@ -30,3 +30,13 @@ def local_rank() -> int:
 def local_world_size() -> int:
     """Number of processes on this machine."""
     return _number("LOCAL_WORLD_SIZE", 1)
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads sleep when they have waited for each other for some microseconds; before torch is loaded.
+
+    By default they spin for milliseconds, which is a loss when another program holds one of the cores: products then
+    took two to three times as long. What a person says of it in the environment stands. See docs/speed.md.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "10000"

@@ -98,6 +98,25 @@ def test_importing_llama_pulls_in_no_heavy_package(root: Path) -> None:
     assert in_fresh_python(root, f"import sys, llama; print({heavy} & set(sys.modules) or 'none')") == "none"
 
 
+def test_threads_wait_briefly_unless_a_person_says_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import llama, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    assert in_fresh_python(root, code) == "10000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert in_fresh_python(root, code) == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert in_fresh_python(root, code) == "None"
+
+
+def test_the_environment_is_settled_before_torch_is_loaded(root: Path) -> None:
+    before = (root / "llama" / "__init__.py").read_text().partition("env.wait_briefly()")[0]
+    assert [line for line in before.splitlines() if line.startswith(("import", "from"))] == ["from llama import env"]
+    code = "import ast, sys; sys.modules['llama'] = type(sys)('llama'); sys.modules['llama'].__path__ = ['llama']; "
+    assert in_fresh_python(root, code + "import llama.env; print('torch' in sys.modules)") == "False"
+
+
 def test_entry_points_are_short(root: Path) -> None:
     for path in root.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name
