@@ -23,8 +23,7 @@ from llama.console import notice
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.
 ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-FLAGS = ("-O3", "-march=native", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
-OPENMP = ("-fopenmp",)
+FLAGS = ("-O3", "-march=native", "-fopenmp", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
 
 
 def cache_folder() -> Path:
@@ -69,7 +68,7 @@ def _first_line(text: str) -> str:
 
 
 def _built(tool: str) -> Path:
-    command = [tool, *FLAGS, *OPENMP, *_torch_flags()]
+    command = [tool, *FLAGS, *_torch_flags()]
     key = hashlib.sha256("\n".join((SOURCE.read_text(), *command, torch.__version__, _processor())).encode())
     target = cache_folder() / f"cpu-{key.hexdigest()[:16]}.so"
     if target.exists():
