@@ -25,7 +25,7 @@ ALLOWED = {
     "lengths": set(),
     "device": {"env", "errors"},
     "kernels": {"errors", "env", "console"},
-    "parallel": {"errors", "env", "config", "kernels"},
+    "parallel": {"errors", "env", "console", "config", "kernels"},
     "model": MODEL,
     "quantization": MODEL | {"model"},
     "copies": {"errors"},

@@ -51,11 +51,16 @@ class Opened:
         """Read this rank's shard: see `load_model`."""
         return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme, offload_layers)
 
-    def prepare_kernels(self) -> None:
-        """Build and load the CPU's own kernels where they gain more than building them takes."""
-        serves = self.scheme is not None or self.dtype == torch.bfloat16
-        if self.device.type == "cpu" and serves and kernels_pay(self.partition, self.dtype.itemsize):
+    def prepare_kernels(self) -> Ranks:
+        """Build and load the CPU's own kernels where they gain more than building them takes: the ranks that use them.
+
+        Every rank of the model makes this call, once the groups are started.
+        """
+        if self.device.type != "cpu" or not kernels_pay(self.partition, self.dtype.itemsize):
+            return groups.current()
+        if self.scheme is not None or self.dtype == torch.bfloat16:
             products.enable()
+        return groups.share_memory()
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""

@@ -182,9 +182,9 @@ def train(
                 scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
             )  # fmt: skip
     ranks = groups.start(opened.device, tp)
+    if opened.scheme is not None or ranks.world_size > 1:
+        ranks = opened.prepare_kernels()  # they widen integers, and ranks exchange by them
     with groups.phase("load"):
-        if opened.scheme is not None:
-            opened.prepare_kernels()  # integers are widened by them
         model = opened.load(ranks, offload_layers)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)

@@ -195,9 +195,9 @@ class Llama:
                     scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
                 )  # fmt: skip
         ranks = groups.start(opened.device, model_parallel_size)
+        if compile != "off":
+            ranks = opened.prepare_kernels()
         with groups.phase("load"):
-            if compile != "off":
-                opened.prepare_kernels()
             model = opened.load(ranks, offload_layers)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llama.errors import LlamaError
 from llama.noise import GOLDEN, mix, noise_key, shift_right
-from llama.parallel.collectives import all_gather
+from llama.parallel.collectives import all_gather, broadcast
 from llama.parallel.groups import Ranks
 
 # Candidates offered per rank for a nucleus without top_k, before more are asked for.
@@ -218,7 +217,4 @@ def _choose(found: Candidates, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _from_rank_0(tokens: Tensor, log_probs: Tensor, ranks: Ranks) -> Tensor:
     """Rank 0's choice on every rank: cards of different make may round differently."""
-    packed = torch.stack((tokens.to(torch.int32), log_probs.contiguous().view(torch.int32)))
-    if ranks.world_size > 1:
-        dist.broadcast(packed, group=ranks.group, group_src=0)
-    return packed
+    return broadcast(torch.stack((tokens.to(torch.int32), log_probs.contiguous().view(torch.int32))), ranks)

@@ -1,11 +1,12 @@
-"""Build `cpu.cpp` once for this machine, and load it; a machine without a C++ compiler goes on without.
+"""Build a C++ source of this folder once for this machine, and load it; without a compiler it goes on without.
 
-The library lies in a cache folder under a name that follows from the source, the compiler's flags, torch
+A library lies in a cache folder under a name that follows from its source, the compiler's flags, torch
 and the processor. Nothing here is needed: everything has a way in plain torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +22,13 @@ import torch
 
 from llama.console import notice
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).parent
+# What a source is, in the lines that a person reads, and what goes on without it.
+TITLES = {"products": "CPU kernels", "shared": "collectives through shared memory"}
+WITHOUT = {
+    "products": "decoding on the CPU goes on without its own kernels, slower",
+    "shared": "ranks exchange through gloo, slower",
+}
 # Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.
 ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 FLAGS = ("-O3", "-march=native", "-fopenmp", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
@@ -46,19 +54,23 @@ def can_build() -> bool:
 
 
 @cache
-def load_kernels() -> bool:
-    """Whether the kernels are there, built now if they were not; says in one line why they are not."""
+def load_kernels(name: str = "products") -> bool:
+    """Whether the kernels of a source are there, built now if they were not; says in one line why they are not.
+
+    Args:
+        name: of `TITLES`.
+    """
     if platform.system() == "Windows":
         return False
     tool = compiler()
     if tool is None:
-        notice("no C++ compiler found: decoding on the CPU goes on without its own kernels, slower")
+        notice(f"no C++ compiler found: {WITHOUT[name]}")
         return False
     try:
-        torch.ops.load_library(str(_built(tool)))
+        torch.ops.load_library(str(_built(tool, name)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        notice(f"the CPU kernels could not be built, decoding goes on without: {_first_line(reason)}")
+        notice(f"the {TITLES[name]} could not be built, {WITHOUT[name]}: {_first_line(reason)}")
         return False
     return True
 
@@ -67,22 +79,37 @@ def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if "error" in line), text.strip().split("\n")[0])
 
 
-def _built(tool: str) -> Path:
-    command = [tool, *FLAGS, *_torch_flags()]
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), *command, torch.__version__, _processor())).encode())
-    target = cache_folder() / f"cpu-{key.hexdigest()[:16]}.so"
+def _built(tool: str, name: str) -> Path:
+    source, command = FOLDER / f"{name}.cpp", [tool, *FLAGS, *_torch_flags()]
+    key = hashlib.sha256("\n".join((source.read_text(), *command, torch.__version__, _processor())).encode())
+    target = cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    notice("compiling the CPU kernels, once for this machine…")
+    notice(f"compiling the {TITLES[name]}, once for this machine…")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Several ranks may build at the same time: each its own file, and the last one renamed stays.
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / "cpu.so"
-        subprocess.run(
-            [*command, str(SOURCE), "-o", str(made), *_libraries()], check=True, capture_output=True, text=True
-        )
-        made.replace(target)
+    with _lock(target.with_suffix(".lock")):
+        if not target.exists():
+            _compile([*command, str(source)], target)
     return target
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time: the first of several ranks compiles, and the others wait for what it makes."""
+    import fcntl  # not on Windows
+
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a folder of several machines may know no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(command: list[str], target: Path) -> None:
+    """Beside its place, then renamed, so that nobody finds half a library."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        made = Path(folder) / target.name
+        subprocess.run([*command, "-o", str(made), *_libraries()], check=True, capture_output=True, text=True)
+        made.replace(target)
 
 
 def _root() -> Path:

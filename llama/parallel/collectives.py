@@ -1,6 +1,8 @@
 """The four moves between a whole tensor and its shards, forward and backward.
 
-They are autograd functions of ours around torch's functional collectives: those compile into one
+They go through memory where the ranks share some (see `groups.share_memory`), else through the group.
+
+There they are autograd functions of ours around torch's functional collectives: those compile into one
 graph with the model, but torch's own backward of `all_reduce` reduces again, which multiplies every
 gradient by the world size. With one rank each of them is the identity.
 
@@ -18,6 +20,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
+from llama.kernels import shared
 from llama.parallel.groups import Ranks
 
 # torch 2.13 renamed both.
@@ -30,6 +33,8 @@ def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
     """`x` reduced over the ranks of the model, "sum" or "max"; no gradient."""
     if ranks.world_size == 1:
         return x
+    if ranks.segment is not None and shared.serves(x):
+        return shared.all_reduce(x, ranks.segment, op)
     if torch.compiler.is_compiling():
         return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, ranks.group))
     # Eagerly the functional ones would only import the compiler, a second and 80 MB a rank.
@@ -42,12 +47,24 @@ def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     """The equal-shaped `x` of every rank, stacked: [world_size, *x.shape]; no gradient."""
     if ranks.world_size == 1:
         return x.unsqueeze(0)
+    if ranks.segment is not None and shared.serves(x):
+        return shared.all_gather(x, ranks.segment, ranks.world_size)
     x = x.contiguous().unsqueeze(0)
     if torch.compiler.is_compiling():
         return functional.wait_tensor(_functional_all_gather(x, 0, ranks.group))
     gathered = x.new_empty(ranks.world_size, *x.shape[1:])
     _all_gather(gathered, x, group=ranks.group)
     return gathered
+
+
+def broadcast(x: Tensor, ranks: Ranks) -> Tensor:
+    """Rank 0's `x`, of the same shape on every rank; not compiled, no gradient."""
+    if ranks.world_size == 1:
+        return x
+    if ranks.segment is not None and shared.serves(x):
+        return shared.all_gather(x, ranks.segment, ranks.world_size)[0]
+    dist.broadcast(x, group=ranks.group, group_src=0)
+    return x
 
 
 def gather_last(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:

@@ -9,6 +9,7 @@ which may wait for a person for as long as they like.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import socket
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,7 +25,9 @@ import torch
 import torch.distributed as dist
 
 from llama import env
+from llama.console import notice
 from llama.errors import LlamaError, PartitionError, RankLostError
+from llama.kernels import shared
 
 # A command may be waited for while somebody thinks, or sleeps.
 PATIENCE = timedelta(days=365)
@@ -40,6 +44,7 @@ class Ranks:
         group: the model-parallel group, None for one process.
         control: a gloo group over the same ranks for commands, with endless patience.
         device: where this rank computes.
+        segment: the memory that these ranks share, where they do; see `share_memory`.
         replicas: this process among those that hold the same shard of other copies of the model, which learn
             from other examples; None where there is one copy.
     """
@@ -49,6 +54,7 @@ class Ranks:
     group: Any = None
     control: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    segment: int | None = None
     replicas: Ranks | None = None
 
 
@@ -178,7 +184,47 @@ def _model_groups(device: torch.device, size: int) -> Ranks:
         replicas = Ranks(place, dist.get_world_size() // size, group, None, device)
     if size == 1:
         return Ranks(device=device, control=control, replicas=replicas)
-    return Ranks(rank, size, fairscale_groups.get_model_parallel_group(), control, device, replicas)
+    return Ranks(rank, size, fairscale_groups.get_model_parallel_group(), control, device, replicas=replicas)
+
+
+def share_memory() -> Ranks:
+    """The ranks of this model, from now on with collectives through memory that they share, where they can.
+
+    They can where all of them compute on the CPU of one Linux machine that has a C++ compiler. Every rank makes this
+    call, with nothing before it that could fail on one of them alone.
+    """
+    global _current
+    ranks = _current
+    if ranks.world_size == 1 or ranks.segment is not None or ranks.device.type != "cpu":
+        return ranks
+    hosts = gather_objects(socket.gethostname() if shared.available() else "")
+    if not hosts[0] or len(set(hosts)) > 1:
+        return ranks
+    path = broadcast_object(_create_segment(ranks.world_size) if ranks.rank == 0 else None)
+    if path is None:
+        return ranks
+    segment = _open_segment(path, ranks)
+    everybody = None not in gather_objects(segment)
+    if ranks.rank == 0:
+        path.unlink()
+    if everybody:
+        _current = dataclasses.replace(ranks, segment=segment)
+    return _current
+
+
+def _create_segment(world_size: int) -> Path | None:
+    try:
+        return shared.create_segment(world_size)
+    except OSError as error:
+        notice(f"no memory for ranks to share ({error.strerror}): they exchange through gloo, slower")
+        return None
+
+
+def _open_segment(path: Path, ranks: Ranks) -> int | None:
+    try:
+        return shared.open_segment(path, ranks.rank, ranks.world_size)
+    except RuntimeError:  # another machine of the same name, or a container of its own
+        return None
 
 
 def stop() -> None:
@@ -186,6 +232,8 @@ def stop() -> None:
     global _current, _store, _line
     if _store is not None:
         _agree("end", None)
+    if _current.segment is not None:
+        shared.close_segment(_current.segment)
     if dist.is_initialized():
         from fairscale.nn.model_parallel import initialize as fairscale_groups
 

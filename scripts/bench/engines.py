@@ -31,7 +31,7 @@ class Ours:
         opened = Opened(checkpoint, Numbered(vocab_size), partition, device, dtype, setup.threads, setup.scheme)
         ranks = groups.start(device)
         if mode != "off":
-            opened.prepare_kernels()
+            ranks = opened.prepare_kernels()
         self.engine = Engine(opened.load(ranks), vocab_size, compile=mode)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
