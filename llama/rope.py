@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama import lean
 from llama.config import ModelArgs, RopeScaling
+from llama.kernels import block
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
@@ -45,6 +46,8 @@ def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
     cos, sin = table
+    if block.serves(x) and cos.dtype == torch.float32:
+        return block.turn_pairs(x, cos, sin)
     if not torch.compiler.is_compiling():
         return lean.turn_pairs(x, cos, sin)
     even, odd = lean.widened(x).unflatten(-1, (-1, 2)).unbind(-1)

@@ -38,7 +38,9 @@ def _serve(rank: int, world_size: int, model_ranks: int, port: int, pipe: Connec
         pipe.send(answer)
 
 
-class _Pool:
+class Pool:
+    """Processes that are one model's ranks, or several models'."""
+
     def __init__(self, world_size: int, model_ranks: int) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -77,7 +79,7 @@ class RankPools:
     """The pools of all world sizes, started when first asked for."""
 
     def __init__(self) -> None:
-        self._pools: dict[tuple[int, int], _Pool] = {}
+        self._pools: dict[tuple[int, int], Pool] = {}
 
     def run(
         self, world_size: int, function: Callable[..., Any], *args: Any, model_ranks: int | None = None
@@ -90,7 +92,7 @@ class RankPools:
             return [function(*args)]
         key = (world_size, model_ranks or world_size)
         if key not in self._pools:
-            self._pools[key] = _Pool(*key)
+            self._pools[key] = Pool(*key)
         try:
             return self._pools[key].run(function, args)
         except BaseException:

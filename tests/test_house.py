@@ -17,7 +17,7 @@ ALLOWED = {
     "console": {"env"},
     "config": {"errors", "console"},
     "geometries": {"errors", "config"},
-    "rope": {"config", "lean"},
+    "rope": {"config", "lean", "kernels"},
     "lean": set(),
     "attention": {"lean"},
     "cache": {"attention"},

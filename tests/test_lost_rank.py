@@ -15,6 +15,8 @@ import pytest
 from launch import Command, Outcome
 from support import hf_model, sentencepiece_model, write_meta
 
+from llama.kernels import shared
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")]
 
 LONG = ("--prompts", "the quick", "--stream", "--max_seq_len", 100_000, "--temperature", 2.0, "--top_p", 1)
@@ -82,6 +84,40 @@ def test_a_rank_killed_while_others_wait_for_the_end_of_loading(tmp_path: Path, 
 def test_a_rank_killed_while_generating(ckpt: Path, victim: int) -> None:
     with Command(["--ckpt_dir", ckpt, *LONG], 3) as command:
         assert_names(kill(command, victim, signal.SIGKILL, LOADED, lambda: time.sleep(1)), victim, 3)
+
+
+# Has the ranks share memory, as large models do.
+SHARING = """
+from example import main
+from llama.checkpoint import opening
+from llama.cli import run
+from llama.console import notice
+from llama.parallel import groups
+
+def share(self):
+    ranks = groups.share_memory()
+    notice("memory is shared" if ranks.segment is not None else "memory is not shared")
+    return ranks
+
+opening.Opened.prepare_kernels = share
+run(main)
+"""
+
+
+@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (None, signal.SIGINT)])
+def test_ranks_that_share_memory_end_together(ckpt: Path, tmp_path: Path, victim: int | None, number: int) -> None:
+    if not shared.available():
+        pytest.skip("needs Linux and a C++ compiler")
+    script = tmp_path / "sharing.py"
+    script.write_text(SHARING)
+    with Command(["--ckpt_dir", ckpt, *LONG], 3, script) as command:
+        command.wait_for_line("memory is shared")
+        outcome = kill(command, victim, number, LOADED, lambda: time.sleep(1))
+    if victim is not None:
+        assert_names(outcome, victim, 3)
+    else:
+        assert (outcome.errors, outcome.err.count("interrupted\n")) == ([], 1)
+        assert not outcome.has_our_traceback
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -1,6 +1,6 @@
-"""Build a C++ source of this folder once for this machine, and load it; without a compiler it goes on without.
+"""Build the C++ sources of this folder once for this machine, and load them; without a compiler it goes on without.
 
-A library lies in a cache folder under a name that follows from its source, the compiler's flags, torch
+The library lies in a cache folder under a name that follows from the sources, the compiler's flags, torch
 and the processor. Nothing here is needed: everything has a way in plain torch.
 """
 
@@ -22,16 +22,11 @@ import torch
 
 from llama.console import notice
 
-FOLDER = Path(__file__).parent
-# What a source is, in the lines that a person reads, and what goes on without it.
-TITLES = {"products": "CPU kernels", "shared": "collectives through shared memory"}
-WITHOUT = {
-    "products": "decoding on the CPU goes on without its own kernels, slower",
-    "shared": "ranks exchange through gloo, slower",
-}
+SOURCE = Path(__file__).with_name("kernels.cpp")
 # Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.
 ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-FLAGS = ("-O3", "-march=native", "-fopenmp", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
+WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+FLAGS = ("-O3", "-march=native", *WIDE, "-fopenmp", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
 
 
 def cache_folder() -> Path:
@@ -54,23 +49,19 @@ def can_build() -> bool:
 
 
 @cache
-def load_kernels(name: str = "products") -> bool:
-    """Whether the kernels of a source are there, built now if they were not; says in one line why they are not.
-
-    Args:
-        name: of `TITLES`.
-    """
+def load_kernels() -> bool:
+    """Whether the kernels are there, built now if they were not; says in one line why they are not."""
     if platform.system() == "Windows":
         return False
     tool = compiler()
     if tool is None:
-        notice(f"no C++ compiler found: {WITHOUT[name]}")
+        notice("no C++ compiler found: decoding on the CPU goes on without its own kernels, slower")
         return False
     try:
-        torch.ops.load_library(str(_built(tool, name)))
+        torch.ops.load_library(str(_built(tool)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        notice(f"the {TITLES[name]} could not be built, {WITHOUT[name]}: {_first_line(reason)}")
+        notice(f"the CPU kernels could not be built, decoding goes on without: {_first_line(reason)}")
         return False
     return True
 
@@ -79,17 +70,18 @@ def _first_line(text: str) -> str:
     return next((line.strip() for line in text.splitlines() if "error" in line), text.strip().split("\n")[0])
 
 
-def _built(tool: str, name: str) -> Path:
-    source, command = FOLDER / f"{name}.cpp", [tool, *FLAGS, *_torch_flags()]
-    key = hashlib.sha256("\n".join((source.read_text(), *command, torch.__version__, _processor())).encode())
-    target = cache_folder() / f"{name}-{key.hexdigest()[:16]}.so"
+def _built(tool: str) -> Path:
+    command = [tool, *FLAGS, *_torch_flags()]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    key = hashlib.sha256("\n".join((*sources, *command, torch.__version__, _processor())).encode())
+    target = cache_folder() / f"cpu-{key.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    notice(f"compiling the {TITLES[name]}, once for this machine…")
+    notice("compiling the CPU kernels, once for this machine…")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target.with_suffix(".lock")):
+    with _lock(target.with_name("build.lock")):
         if not target.exists():
-            _compile([*command, str(source)], target)
+            _compile([*command, str(SOURCE)], target)
     return target
 
 

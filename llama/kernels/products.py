@@ -34,6 +34,11 @@ def enable() -> bool:
     return _loaded
 
 
+def is_enabled() -> bool:
+    """Whether the kernels are in use."""
+    return _loaded
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T`: x [..., K] and weight [N, K] to [..., N]."""
     if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not _has_gradient(x, weight):

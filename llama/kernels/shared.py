@@ -1,4 +1,4 @@
-"""Collectives of the ranks of one machine through memory that they share; `shared.cpp` says how they meet.
+"""Collectives of the ranks of one machine through memory that they share; `shared.h` says how they meet.
 
 A segment is a file in memory (Linux's /dev/shm) that one rank creates and all of them open.
 """
@@ -21,8 +21,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 
 
 def available() -> bool:
-    """Whether this machine has such memory and the kernels for it, which are built now if they were not."""
-    return sys.platform == "linux" and FOLDER.is_dir() and load_kernels("shared")
+    """Whether this machine has such memory, and the kernels, which are built now if they were not."""
+    return sys.platform == "linux" and FOLDER.is_dir() and load_kernels()
 
 
 def create_segment(world_size: int) -> Path:

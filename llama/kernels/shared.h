@@ -5,6 +5,8 @@
 // depends on who came first, and every rank gets the same bits. One wait is enough, for whoever counts n + 1 has read
 // all of n, and the place of n is written again at n + 2.
 
+#pragma once
+
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/OpMathType.h>
@@ -32,7 +34,7 @@
 namespace {
 
 constexpr int64_t PLACE = 256 << 10;  // bytes that are exchanged at a time: they stay in a cache
-constexpr int64_t BLOCK = 1024;       // numbers that are summed at a time
+constexpr int64_t SUMMED = 1024;      // numbers that are summed at a time
 constexpr int64_t SPINS = 500;        // tries, some 20 microseconds, before a waiting rank offers its core to others
 constexpr int64_t YIELDS = 2000;      // tries before it sleeps between them
 constexpr auto NAP = std::chrono::microseconds(50);
@@ -47,7 +49,7 @@ struct alignas(128) Member {
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 
-void pause() {
+void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -104,7 +106,7 @@ class Segment {
   void wait_for(int64_t other) const {
     const auto& seen = member(other).count;
     const auto arrived = [&] { return seen.load(std::memory_order_acquire) >= count_; };
-    for (int64_t tries = 0; tries < SPINS; ++tries, pause())
+    for (int64_t tries = 0; tries < SPINS; ++tries, relax())
       if (arrived()) return;
     for (int64_t tries = 0; tries < YIELDS; ++tries, sched_yield())
       if (arrived()) return;
@@ -165,9 +167,9 @@ struct Largest {
 template <template <typename> class Op, typename T>
 void reduce_places(const Segment& segment, T* out, int64_t n) {
   using Wide = at::opmath_type<T>;
-  std::array<Wide, BLOCK> wide;
-  for (int64_t first = 0; first < n; first += BLOCK) {
-    const int64_t length = std::min(BLOCK, n - first);
+  std::array<Wide, SUMMED> wide;
+  for (int64_t first = 0; first < n; first += SUMMED) {
+    const int64_t length = std::min(SUMMED, n - first);
     for (int64_t rank = 0; rank < segment.world_size(); ++rank) {
       const T* from = reinterpret_cast<const T*>(segment.place(rank)) + first;
       if (rank == 0)
@@ -212,16 +214,3 @@ at::Tensor shared_all_gather(const at::Tensor& x, int64_t handle, int64_t world_
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(llama_shards, library) {
-  library.def("segment_bytes(int world_size) -> int", &segment_bytes);
-  library.def("open_segment(str path, int rank, int world_size) -> int", &open_segment);
-  library.def("close_segment(int segment) -> ()", &close_segment);
-  library.def("shared_all_reduce(Tensor x, int segment, bool largest) -> Tensor");
-  library.def("shared_all_gather(Tensor x, int segment, int world_size) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
-  library.impl("shared_all_reduce", &shared_all_reduce);
-  library.impl("shared_all_gather", &shared_all_gather);
-}

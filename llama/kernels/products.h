@@ -8,48 +8,17 @@
 // 32 columns, byte j column j in its low half and column 16 + j in its high half, biased by 8, with a bfloat16 scale
 // for each group of columns.
 
-#include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <c10/util/BFloat16.h>
-#include <torch/library.h>
+#pragma once
 
-#include <algorithm>
-#include <array>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <tuple>
-#include <vector>
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
+#include "rows.h"
 
 namespace {
 
 constexpr int64_t BLOCK = 32;    // columns of int4 that are packed together
 constexpr int64_t TILE = 4;      // rows of x for which a matrix row is widened once
 constexpr int64_t AHEAD = 1024;  // bytes; integers, which are through sooner, look two or three times as far
-constexpr int64_t RUN = 1 << 20;    // bytes of rows that a thread takes at a time: memory slows down with shorter ones
-constexpr int64_t ALONE = 1 << 16;  // bytes of a matrix for which starting threads costs more than it saves
 
 inline void prefetch(const void* at) { __builtin_prefetch(at, 0, 3); }
-
-// Calls `run(first, last)` for all rows of a matrix, whose rows hold `bytes` each, on all threads. They take runs of
-// rows as they come to them: cores are not equally fast, and other programs want them too.
-template <typename Run>
-void share_rows(int64_t n_rows, int64_t bytes, const Run& run) {
-  const int64_t n_threads = n_rows * bytes < ALONE ? 1 : std::min<int64_t>(at::get_num_threads(), n_rows);
-  const int64_t most = RUN / std::max<int64_t>(1, bytes), equal = (n_rows + n_threads - 1) / std::max<int64_t>(1, n_threads);
-  const int64_t step = std::max<int64_t>(1, std::min(most, equal));
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, n_threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first = next.fetch_add(step); first < n_rows; first = next.fetch_add(step))
-      run(first, std::min(first + step, n_rows));
-  });
-}
 
 // -- bfloat16: one row of x -----------------------------------------------------------------------------------------
 
@@ -474,23 +443,3 @@ std::tuple<at::Tensor, at::Tensor> int4_pack(const at::Tensor& values, int64_t g
 }
 
 }  // namespace
-
-TORCH_LIBRARY(llama_shards, library) {
-  library.def("bf16_row(Tensor x, Tensor w) -> Tensor");
-  library.def("int8_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
-  library.def("int4_linear(Tensor x, Tensor w, Tensor scales) -> Tensor");
-  library.def("int8_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
-  library.def("int4_values(Tensor w, Tensor scales, Tensor like) -> Tensor");
-  library.def("int8_pack(Tensor values, int start, int stop) -> (Tensor, Tensor)");
-  library.def("int4_pack(Tensor values, int group) -> (Tensor, Tensor)");
-}
-
-TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
-  library.impl("bf16_row", &bf16_row);
-  library.impl("int8_linear", &int8_linear);
-  library.impl("int4_linear", &int4_linear);
-  library.impl("int8_values", &int8_values);
-  library.impl("int4_values", &int4_values);
-  library.impl("int8_pack", &int8_pack);
-  library.impl("int4_pack", &int4_pack);
-}
