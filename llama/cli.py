@@ -25,7 +25,7 @@ from fire.decorators import SetParseFns
 from llama import env
 from llama.console import is_speaker
 from llama.errors import LlamaError, UsageError
-from llama.parallel import groups
+from llama.parallel import groups, store
 from llama.parallel.leaving import INTERRUPTED, leave, listen
 
 HELP = ("--help", "-h")
@@ -84,8 +84,8 @@ def _give_up(error: BaseException) -> NoReturn:
         leave("interrupted", INTERRUPTED)
     if isinstance(error, BrokenPipeError):  # such as `| head`: nobody listens any more
         leave(code=1)
-    if groups.is_lost_peer(error):
-        leave(f"error: {groups.lost_message(patience=1.0)}")
+    if store.is_lost_peer(error):
+        leave(f"error: {store.lost_message(patience=1.0)}")
     if isinstance(error, LlamaError):
         leave(f"error: {error}")
     if _is_out_of_memory(error):

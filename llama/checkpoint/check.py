@@ -17,7 +17,7 @@ from llama.checkpoint.training import Training
 from llama.config import ModelArgs
 from llama.console import is_speaker, notice
 from llama.errors import LlamaError
-from llama.parallel import groups
+from llama.parallel import store
 from llama.quantization.scheme import Scheme
 
 
@@ -68,7 +68,7 @@ def check_fit(
 def _joined(device: torch.device, copies: int) -> tuple[Memory, Memory | None]:
     """What all processes have where they compute, and the main memory beside their cards; a collective call."""
     own = [own_pool(device), *([own_pool(torch.device("cpu"))] if device.type == "cuda" else [])]
-    told = [json.loads(text) for text in groups.exchange(json.dumps(own))]
+    told = [json.loads(text) for text in store.exchange(json.dumps(own))]
     memory, *host = (joined_memory([tuple(pool) for pool in pools], copies) for pools in zip(*told, strict=True))
     return memory, host[0] if host else None
 

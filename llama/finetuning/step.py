@@ -26,7 +26,7 @@ from llama.finetuning.packed import Packed
 from llama.finetuning.packing import pack
 from llama.finetuning.trained import Trained
 from llama.model import Transformer
-from llama.parallel import groups
+from llama.parallel import store
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
 
@@ -226,7 +226,7 @@ def check_same_batch(batches: Sequence[Sequence[Example]], step: int) -> None:
         TrainingError: when they differ, which would train no model at all.
     """
     seen = hashlib.sha256(repr([[example.tokens for example in batch] for batch in batches]).encode()).hexdigest()
-    digests = groups.exchange(seen)
+    digests = store.exchange(seen)
     strangers = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if strangers:
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""Starting and ending the ranks: process groups, errors told by one voice, ranks that are lost.
+"""Starting and ending the ranks: process groups, memory that they share, errors told by one voice.
 
 A single process needs none of this: no group is started, every collective is the identity. Under
 torchrun, `start` opens the default group (NCCL on cards of one's own, gloo otherwise), has fairscale
@@ -11,28 +11,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
 import socket
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from llama import env
 from llama.console import notice
-from llama.errors import LlamaError, PartitionError, RankLostError
+from llama.errors import LlamaError, PartitionError
 from llama.kernels import shared
+from llama.parallel import store
 
 # A command may be waited for while somebody thinks, or sleeps.
 PATIENCE = timedelta(days=365)
-# How long a rank waits for the others to reach the end of a phase (loading may take long).
-PHASE_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -59,47 +55,11 @@ class Ranks:
 
 
 _current = Ranks()
-_store: dist.Store | None = None
-_line: dist.Store | None = None
-_phase = 0
 
 
 def current() -> Ranks:
     """The ranks of this process's model; one rank without groups until `start` has run."""
     return _current
-
-
-def connect() -> None:
-    """Join the other processes' store, so that errors can be exchanged before any group exists.
-
-    Does nothing for one process, and nothing a second time.
-
-    Raises:
-        LlamaError: when the environment announces other processes but not where they meet.
-    """
-    global _store, _line
-    if _store is not None or env.world_size() == 1:
-        return
-    # A store serves one thread at a time, however long it waits there: hence two.
-    _store, _line = _join(), _join()
-    _store.set_timeout(PHASE_TIMEOUT)
-    _line.set(f"who/{env.rank()}", f"{socket.gethostname()} {os.getpid()}")
-
-
-def _join() -> dist.Store:
-    try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(minutes=5))))
-    except ValueError:
-        raise LlamaError(
-            f"the environment announces {env.world_size()} processes (WORLD_SIZE) but not where they meet: "
-            "start them with torchrun, or unset WORLD_SIZE for one process"
-        ) from None
-    return dist.PrefixStore("llama", store)
-
-
-def line() -> dist.Store | None:
-    """A connection of its own to the store, which stays free while the main thread waits; None for one process."""
-    return _line
 
 
 def model_size(model_parallel_size: int | None = None) -> int:
@@ -136,22 +96,15 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
         if _current.world_size != size:
             raise PartitionError(f"the groups were started for {_current.world_size} ranks, not {size}")
         return _current
-    connect()
-    assert _store is not None
+    hosts = store.exchange(f"{socket.gethostname()} {device}", "device")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store, rank = dist.PrefixStore(f"groups/{_phase}", _store), env.rank()
-        backend = choose_backend(_devices(store, device))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=n_processes)
+        dist.init_process_group(
+            choose_backend(hosts), store=store.for_groups(), rank=env.rank(), world_size=n_processes
+        )
     _current = _model_groups(device, size)
     return _current
-
-
-def _devices(store: dist.Store, device: torch.device) -> list[str]:
-    """Host and device of every process."""
-    store.set(f"device/{env.rank()}", f"{socket.gethostname()} {device}")
-    return [store.get(f"device/{rank}").decode() for rank in range(env.world_size())]
 
 
 def choose_backend(devices: Sequence[str]) -> str:
@@ -229,9 +182,8 @@ def _open_segment(path: Path, ranks: Ranks) -> int | None:
 
 def stop() -> None:
     """Leave the groups; ranks that are done wait for each other so that none tears the others down."""
-    global _current, _store, _line
-    if _store is not None:
-        _agree("end", None)
+    global _current
+    store.leave()
     if _current.segment is not None:
         shared.close_segment(_current.segment)
     if dist.is_initialized():
@@ -239,7 +191,7 @@ def stop() -> None:
 
         fairscale_groups.destroy_model_parallel()
         dist.destroy_process_group()
-    _current, _store, _line = Ranks(), None, None
+    _current = Ranks()
 
 
 def broadcast_object(value: Any = None) -> Any:
@@ -287,45 +239,11 @@ def phase(name: str) -> Iterator[None]:
         raise agreed
 
 
-def exchange(text: str) -> list[str]:
-    """The `text` of every process, in order, groups or not; every process makes this call.
-
-    Raises:
-        RankLostError: when a process goes away meanwhile.
-    """
-    global _phase
-    size = env.world_size()
-    if size == 1:
-        return [text]
-    connect()
-    assert _store is not None
-    _phase += 1
-    key = f"exchange/{_phase}"
-    _store.set(f"{key}/{env.rank()}", text)
-    try:
-        _store.wait([f"{key}/{other}" for other in range(size)], PHASE_TIMEOUT)
-        return [_store.get(f"{key}/{other}").decode() for other in range(size)]
-    except dist.DistError as lost:
-        raise RankLostError(lost_message()) from lost
-
-
 def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
     """The error of the lowest rank that has one, the same on every process."""
-    global _phase
     if env.world_size() == 1:
         return error
-    connect()
-    assert _store is not None
-    _phase += 1
-    size = env.world_size()
-    keys = [f"phase/{_phase}/{name}/{rank}" for rank in range(size)]
-    text = "" if error is None else f"{type(error).__name__}:{error}"
-    try:
-        _store.set(keys[env.rank()], text.encode(errors="backslashreplace").decode())
-        _store.wait(keys, PHASE_TIMEOUT)
-        texts = [_store.get(key).decode() for key in keys]
-    except dist.DistError as lost:
-        raise RankLostError(lost_message()) from lost
+    texts = store.exchange("" if error is None else f"{type(error).__name__}:{error}", f"phase/{name}")
     first = next((rank for rank, text in enumerate(texts) if text), None)
     if first is None:
         return None
@@ -337,57 +255,3 @@ def _rebuild(text: str) -> LlamaError:
 
     kind, _, message = text.partition(":")
     return getattr(errors, kind, LlamaError)(message)
-
-
-# -- ranks that are lost ---------------------------------------------------------------------------
-
-
-def lost_ranks(patience: float = 0.0) -> list[int]:
-    """Ranks of this machine whose process is gone (or only waits to be buried).
-
-    Args:
-        patience: seconds to look for one; a connection may close a moment before its process is gone.
-    """
-    end = time.monotonic() + patience
-    while True:
-        lost = [rank for rank in range(env.world_size()) if _is_lost(rank)]
-        if lost or time.monotonic() >= end:
-            return lost
-        time.sleep(0.02)
-
-
-def _is_lost(rank: int) -> bool:
-    if _line is None:
-        return False
-    try:
-        if not _line.check([f"who/{rank}"]):
-            return False
-        host, pid = _line.get(f"who/{rank}").decode().split()
-    except dist.DistError:
-        return False
-    return host == socket.gethostname() and not _is_running(int(pid))
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def lost_message(patience: float = 0.0) -> str:
-    """One line that names the ranks that are gone, as far as this machine can tell."""
-    lost = lost_ranks(patience)
-    who = f"rank {', '.join(map(str, lost))} was lost" if lost else "another rank was lost"
-    return (
-        f"{who}; if it was killed (SIGKILL, exit code -9), the usual reason is memory: "
-        "use more ranks, a smaller --max_batch_size or --max_seq_len, or a smaller --dtype"
-    )
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because its peer went away, rather than by a bug."""
-    if isinstance(error, RankLostError | dist.DistNetworkError | dist.DistStoreError):
-        return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -18,7 +18,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from llama import env
-from llama.parallel import groups
+from llama.parallel import store
 
 EXIT_CODE = 2
 INTERRUPTED = 130
@@ -40,7 +40,7 @@ def leave(text: str = "", code: int = EXIT_CODE, *, at_once: bool = False) -> No
     if threading.current_thread() is threading.main_thread():
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
-    line = groups.line()
+    line = store.line()
     if _has_last_word(line, at_once) and text:
         _write_line(text)
     if line is not None:
@@ -55,7 +55,7 @@ def _has_last_word(line: dist.Store | None, at_once: bool) -> bool:
     if line is None:
         return True
     try:
-        if not at_once and env.rank() != min(set(range(env.world_size())) - set(groups.lost_ranks())):
+        if not at_once and env.rank() != min(set(range(env.world_size())) - set(store.lost_ranks())):
             _wait_for_speaker(line)
         return line.add("last word", 1) == 1
     except dist.DistError:  # the store went with the process that kept it
@@ -103,4 +103,4 @@ def _obey_signals(read_end: int) -> None:
         if number == signal.SIGINT:
             leave("interrupted", INTERRUPTED)
         if number == signal.SIGTERM:
-            leave(f"error: {groups.lost_message()}" if groups.lost_ranks() else "")
+            leave(f"error: {store.lost_message()}" if store.lost_ranks() else "")

@@ -9,7 +9,7 @@ import torch
 
 from llama import errors
 from llama.errors import CheckpointError, LlamaError, PartitionError
-from llama.parallel import groups
+from llama.parallel import groups, store
 
 CPU = torch.device("cpu")
 
@@ -81,7 +81,7 @@ def describe() -> tuple[int, int, int, bool, list[int]]:
     ranks = groups.current()
     again = groups.start(CPU)
     return ranks.rank, ranks.world_size, torch.distributed.get_world_size(ranks.group), again is ranks, (
-        groups.lost_ranks()
+        store.lost_ranks()
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def wait_on_the_store() -> float:
     def ask() -> None:
         time.sleep(0.3)
         start = time.monotonic()
-        groups.lost_ranks()
+        store.lost_ranks()
         taken.append(time.monotonic() - start)
 
     thread = threading.Thread(target=ask)
@@ -141,7 +141,7 @@ def test_one_process_needs_no_groups() -> None:
     ranks = groups.start(CPU)
     assert (ranks.rank, ranks.world_size, ranks.group) == (0, 1, None)
     assert not torch.distributed.is_initialized()
-    assert groups.line() is None
+    assert store.line() is None
     groups.stop()
 
 
@@ -164,8 +164,8 @@ def test_nccl_only_on_cards_of_ones_own(monkeypatch: pytest.MonkeyPatch, devices
 
 def test_what_counts_as_a_lost_peer() -> None:
     gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4"
-    assert groups.is_lost_peer(RuntimeError(gloo))
-    assert groups.is_lost_peer(torch.distributed.DistNetworkError("recvValue failed"))
-    assert not groups.is_lost_peer(RuntimeError("[gloo/allreduce.cc] invalid size"))
-    assert not groups.is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not groups.is_lost_peer(LlamaError("Connection closed by peer"))
+    assert store.is_lost_peer(RuntimeError(gloo))
+    assert store.is_lost_peer(torch.distributed.DistNetworkError("recvValue failed"))
+    assert not store.is_lost_peer(RuntimeError("[gloo/allreduce.cc] invalid size"))
+    assert not store.is_lost_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not store.is_lost_peer(LlamaError("Connection closed by peer"))

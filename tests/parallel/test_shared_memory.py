@@ -23,8 +23,9 @@ from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.kernels import shared
 from llama.parallel import collectives, groups
-from llama.parallel.groups import Ranks, is_lost_peer
+from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
+from llama.parallel.store import is_lost_peer
 
 PLACE = 256 << 10  # bytes that go at a time, see shared.h
 
