@@ -5,12 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_S = 180
+# What the tests' modules import takes seconds: on Linux it is imported once, in the process that ranks are forked from.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+PRELOADED = [
+    "torch", "torch._dynamo", "fairscale.nn.model_parallel", "transformers.models.llama.modeling_llama", "peft",
+]  # fmt: skip
 
 
 def _serve(rank: int, world_size: int, model_ranks: int, port: int, pipe: Connection) -> None:
@@ -45,7 +51,8 @@ class Pool:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context(METHOD)
+        context.set_forkserver_preload(PRELOADED)
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
