@@ -16,7 +16,8 @@ TIMEOUT_S = 300
 # What the tests' modules import takes seconds: on Linux it is imported once, in the process that ranks are forked from.
 METHOD = "forkserver" if sys.platform == "linux" else "spawn"
 PRELOADED = [
-    "torch", "torch._dynamo", "fairscale.nn.model_parallel", "transformers.models.llama.modeling_llama", "peft",
+    "torch", "torch._inductor.compile_fx", "fairscale.nn.model_parallel",
+    "transformers.models.llama.modeling_llama", "peft",
 ]  # fmt: skip
 
 
