@@ -52,14 +52,14 @@ def main(
         chat_format: auto, llama2, llama3 or alpaca, for --dialogs.
         logprobs: show log-probabilities.
         echo: show the prompt as part of the completion.
-        stream: print tokens as they come, one prompt after another.
+        stream: print tokens as they come, one prompt or dialog after another.
         interactive: read prompts from the keyboard.
         output_json: write prompts, completions, tokens and log-probabilities to this file.
         no_plan: load without asking first whether the memory suffices.
     """
     with groups.phase("settings"):
         settings = tasks.Settings(temperature, top_p, top_k, max_gen_len, logprobs or output_json is not None, echo)
-        asked = tasks.read_tasks(prompts, prompt_file, dialogs, interactive, output_json, ckpt_dir)
+        asked = tasks.read_tasks(prompts, prompt_file, dialogs, interactive, output_json, ckpt_dir, echo)
         work = tasks.expected_work(asked, settings, stream, max_batch_size, max_seq_len)
     llama = Llama.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, seed=seed, dtype=dtype, device=device, threads=threads,

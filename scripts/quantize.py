@@ -10,6 +10,8 @@ from llama.checkpoint.quantize import Quantized, quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import name_words, run
 from llama.device import choose_device
+from llama.errors import QuantizationError
+from llama.kernels.formats import KINDS
 from llama.quantization.asked import Asked
 from llama.tokenizer import find_tokenizer, load_tokenizer
 
@@ -40,6 +42,8 @@ def main(
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
         force: replace what an earlier quantization, split or conversion wrote.
     """
+    if type not in KINDS:
+        raise QuantizationError(f"--type {type!r} is not one of {', '.join(KINDS)}")
     checkpoint = open_checkpoint(ckpt_dir)
     checkpoint.require_numbers("quantizing it anew")
     scheme = Asked(type, group_size, quantize_output, quantize_embedding).scheme()

@@ -73,7 +73,7 @@ def test_precisions_beside_llama_cpp(root: Path, tmp_path: Path) -> None:
     assert set(report["ratio"]) == {*pairs, *(f"{one} / hf" for one in ours)}
     assert report["equal_tokens"] == {"ours_fp32 / hf": 9, "ours_fp32 / llamacpp_f32": 9}
     assert all(report["peers"][name]["amx"] in ("always", "decode", "never") for name in theirs)
-    assert set(report["scaling"]["ratio"]) == {"ranks", "batch"}
+    assert set(report["scaling"]["ratio"]) == {"ranks", "gloo_ranks", "batch"}
     assert len(report["scaling"]["batch"]["decode"]["seconds"]) == 1
 
 

@@ -133,6 +133,9 @@ def test_dialogs(ckpts: Path, tmp_path: Path) -> None:
     assert answers[1]["generation"].startswith("Error: special tags are not allowed")
     assert "System: be brief\n" in run.out
     assert "User: the quick?\n" in run.out
+    streamed = example("--ckpt_dir", ckpts / "7B", "--dialogs", dialogs, *EXACT, "--output_json", file, "--stream")
+    assert streamed.out == run.out
+    assert results(file) == answers
 
 
 def test_a_reader_that_goes_away_ends_it_quietly(ckpts: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama.kernels.formats import Form
-from llama.kernels.products import FEW_ROWS, PIECE
+from llama.kernels.products import FEW_ROWS, piece_rows
 
 FLOAT = 4
 
@@ -48,7 +48,7 @@ class Product:
     @property
     def piece(self) -> int:
         """Numbers that are widened at a time."""
-        return min(self.n_rows, max(1, PIECE // self.n_columns)) * self.n_columns
+        return min(self.n_rows, piece_rows(self.n_columns)) * self.n_columns
 
     @property
     def in_pieces(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from llama.console import is_speaker, notice
 from llama.data.records import Record
 from llama.data.templates import find_template
 from llama.errors import LlamaError
-from llama.generation.llama import Completion, Llama
+from llama.generation.llama import Completion, Llama, StreamedToken
 from llama.generation.tasks import Settings, Tasks
 from llama.parallel import groups
 
@@ -42,7 +42,7 @@ def perform(llama: Llama, tasks: Tasks, settings: Settings, streaming: bool) -> 
     if tasks.interactive:
         records = interact(llama, _reader(llama, tasks), settings)
     elif tasks.dialogs:
-        records = chat(llama, tasks.dialogs, settings)
+        records = (stream_chat if streaming else chat)(llama, tasks.dialogs, settings)
     else:
         queries = list(map(_reader(llama, tasks), tasks.prompts))
         records = (stream if streaming else complete)(llama, queries, settings)
@@ -84,8 +84,12 @@ def stream(llama: Llama, queries: Sequence[Query], settings: Settings) -> list[d
 
 
 def _show_stream(llama: Llama, query: Query, number: int, settings: Settings) -> Completion:
+    return _show(llama.stream([query.prompt], echo=settings.echo, first_index=number, **settings.options()))
+
+
+def _show(items: Iterable[StreamedToken]) -> Completion:
     completion = Completion()
-    for item in llama.stream([query.prompt], echo=settings.echo, first_index=number, **settings.options()):
+    for item in items:
         completion.add(item)
         _say(item.text, end="")
     return completion
@@ -95,10 +99,28 @@ def chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[di
     """Answer the dialogs as one call and print each with its answer."""
     answers = llama.answer(dialogs, **settings.options())
     for dialog, answer in zip(dialogs, answers, strict=True):
-        for message in dialog:
-            _say(f"{message['role'].capitalize()}: {message['content']}\n")
+        _show_dialog(dialog)
         _say(f"> Assistant: {answer.text}\n{_details(answer, settings)}{RULE}")
     return [_record(llama, {"dialog": d}, a) for d, a in zip(dialogs, answers, strict=True)]
+
+
+def stream_chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[dict[str, Any]]:
+    """Answer the dialogs one after another and print each token as it comes."""
+    for number, dialog in enumerate(dialogs):
+        llama.format.encode(dialog, number)  # raises before anything is shown
+    records = []
+    for number, dialog in enumerate(dialogs):
+        _show_dialog(dialog)
+        _say("> Assistant: ", end="")
+        answer = _show(llama.stream_answer(dialog, first_index=number, **settings.options()))
+        _say(f"\n{_details(answer, settings)}{RULE}")
+        records.append(_record(llama, {"dialog": dialog}, answer))
+    return records
+
+
+def _show_dialog(dialog: Dialog) -> None:
+    for message in dialog:
+        _say(f"{message['role'].capitalize()}: {message['content']}\n")
 
 
 def interact(llama: Llama, read: Callable[[str], Query], settings: Settings) -> list[dict[str, Any]]:

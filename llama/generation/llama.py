@@ -424,6 +424,17 @@ class Llama:
                 answers[number] = answer
         return answers
 
+    def stream_answer(self, dialog: Dialog, **options: Any) -> Iterator[StreamedToken]:
+        """Answer one dialog with the arguments of `stream`, token by token; see `chat_completion`.
+
+        Raises:
+            DialogError: for a dialog of wrong order or role.
+        """
+        prompt = self.format.encode(dialog, 0)
+        if self.format.unsafe(dialog):
+            return iter([StreamedToken(0, None, REFUSAL, finish_reason="stop")])
+        return self.stream([prompt], **options, stop=sorted(self.format.stop_tokens))
+
     def summary(self) -> str:
         """Time, speed and memory so far: a collective call, of which rank 0 prints the text."""
         stats = self.engine.stats

@@ -104,6 +104,7 @@ def read_tasks(
     interactive: bool,
     output_json: str | None,
     ckpt_dir: str,
+    echo: bool = False,
 ) -> Tasks:
     """What the flags ask for; built-in prompts when they ask for nothing.
 
@@ -115,6 +116,8 @@ def read_tasks(
     if len(given) > 1:
         raise LlamaError(f"{' and '.join(given)} are given together: choose one")
     if dialogs is not None:
+        if echo:
+            raise UsageError("--echo makes a prompt part of its completion, and a dialog has none: leave it out")
         tasks = Tasks(dialogs=read_dialogs(dialogs), output_json=output_json)
     elif interactive:
         tasks = Tasks(interactive=True, output_json=output_json)
@@ -157,7 +160,7 @@ def read_instructions(
 
 def expected_work(tasks: Tasks, settings: Settings, streaming: bool, max_batch_size: int, max_seq_len: int) -> Workload:
     """What the tasks are going to need at a time: at most the limits, often less."""
-    n_prompts = 1 if tasks.interactive or (streaming and tasks.prompts) else len(tasks.prompts or tasks.dialogs)
+    n_prompts = 1 if tasks.interactive or streaming else len(tasks.prompts or tasks.dialogs)
     length = max_seq_len
     if tasks.prompts and settings.max_gen_len is not None:
         # A token is a byte at least; BOS and a leading space come on top.

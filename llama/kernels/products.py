@@ -19,8 +19,9 @@ from llama.kernels.formats import Form, dequantize, quantize, row_scales, to_int
 
 # Rows of x up to which integers are multiplied as they are; beyond, widening them first costs less.
 FEW_ROWS = 16
-# Numbers of a matrix that are widened at a time: few enough to stay in a cache until they are multiplied.
-PIECE = 4 << 20
+# Rows of a matrix that are widened at a time, few enough to stay in a cache until they are multiplied: of up to
+# LONG columns, and of more. oneDNN takes twice as long for some other numbers of rows, such as 512 (docs/speed.md).
+LONG, PIECE, LONG_PIECE = 4096, 1024, 256
 
 _loaded = False
 
@@ -91,10 +92,14 @@ def _has_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
+def piece_rows(n_columns: int) -> int:
+    """Rows that are widened at a time."""
+    return PIECE if n_columns <= LONG else LONG_PIECE
+
+
 def _pieces(packed: Tensor) -> list[slice]:
     """Runs of rows of a matrix that are widened one after another."""
-    n_rows = packed.shape[0]
-    step = max(1, PIECE // (packed.shape[1] * (1 if packed.dtype == torch.int8 else 2)))
+    n_rows, step = packed.shape[0], piece_rows(packed.shape[1] * (1 if packed.dtype == torch.int8 else 2))
     return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
 
 

@@ -33,7 +33,7 @@ import torch
 from allocations import DTYPE, empty_shard
 from links import Link, Machine, parse_links, seconds
 from lone_rank import Calls, alone
-from report import Report, beginning, beginning_lines, sizes, write_json
+from report import Report, beginning, beginning_lines, give_out, sizes
 from weights import model_args
 
 from llama import env
@@ -270,11 +270,7 @@ def main(
         },
         "runs": runs,
     }  # fmt: skip
-    print(table(report))
-    if output_json is not None:
-        write_json(output_json, report)
-    if chart is not None:
-        draw(report, chart)
+    give_out(report, table(report), output_json, chart, draw)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -32,6 +33,8 @@ class Ours:
         ranks = groups.start(device)
         if mode != "off":
             ranks = opened.prepare_kernels()
+        if not setup.share_memory:
+            ranks = dataclasses.replace(ranks, segment=None)
         self.engine = Engine(opened.load(ranks), vocab_size, compile=mode)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:

@@ -27,7 +27,7 @@ from engines import PEERS
 from inference_report import build_report, draw, table
 from limits import Limits, measure_limits
 from peers import Running, Setup
-from report import Report, write_json
+from report import Report, give_out
 from scaling import BATCH, check_scaling, lines, measure_scaling
 from weights import Weights, model_args, prepared_weights
 
@@ -178,13 +178,8 @@ def main(
             prompts = dataclasses.replace(work, batch_size=BATCH).prompts(args.vocab_size)
             alone = dataclasses.replace(ours, folder=weights.ours)
             report["scaling"] = measure_scaling(alone, prompts, work.new_tokens, work.repeats)
-    print(table(report))
-    if scaling:
-        print("", *lines(report["scaling"]), sep="\n")
-    if output_json is not None:
-        write_json(output_json, report)
-    if chart is not None:
-        draw(report, chart)
+    scaled = ["", *lines(report["scaling"])] if scaling else []
+    give_out(report, "\n".join([table(report), *scaled]), output_json, chart, draw)
 
 
 def compare(

@@ -23,9 +23,9 @@ The JSON file is one object:
     same_tokens     whether all peers of the same numbers as one of ours chose the same greedy tokens
     equal_tokens    "ours / peer", of the same numbers, to how many tokens of the worst prompt agree before the first
                     that differs
-    scaling         null, or dtype, threads, batch_size; one_rank, ranks (as many as threads, one each), batch (one
-                    rank, that many prompts): prefill and decode as above; ratio: ranks and batch to {prefill, decode},
-                    each divided by one_rank
+    scaling         null, or dtype, threads, batch_size; one_rank, ranks (as many as threads, one each), gloo_ranks (the
+                    same without shared memory), batch (one rank, that many prompts): prefill and decode as above;
+                    ratio: the last three to {prefill, decode}, each divided by one_rank
     not_run         a list of what this machine could not run
 """
 

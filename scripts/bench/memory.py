@@ -22,7 +22,7 @@ import torch
 from allocations import DTYPE, empty_shard, held_bytes, peaks
 from lone_rank import alone
 from memory_report import draw, table
-from report import Report, beginning, write_json
+from report import Report, beginning, give_out
 from weights import model_args
 
 from llama import env
@@ -211,11 +211,7 @@ def main(
         "cases": [count_case(args, case, tokens, group_size) for case in cases],
         "split": split,
     }
-    print(table(report))
-    if output_json is not None:
-        write_json(output_json, report)
-    if chart is not None:
-        draw(report, chart)
+    give_out(report, table(report), output_json, chart, draw)
 
 
 if __name__ == "__main__":

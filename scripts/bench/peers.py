@@ -43,6 +43,7 @@ class Setup:
         tensor_split: weights of the ranks; None for equal ones.
         scheme: how ours quantizes the weights as it reads them; None keeps them.
         compile: whether ours compiles: auto, on or off.
+        share_memory: whether ranks of ours exchange through memory where they can.
         amx: when llama.cpp uses its kernels for the processor's matrix units: always, in decode, or never.
     """
 
@@ -54,6 +55,7 @@ class Setup:
     tensor_split: str | None = None
     scheme: Scheme | None = field(default=None, kw_only=True)
     compile: str = field(default="auto", kw_only=True)
+    share_memory: bool = field(default=True, kw_only=True)
     amx: str = field(default="always", kw_only=True)
 
 

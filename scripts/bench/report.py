@@ -15,7 +15,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +96,14 @@ def write_json(path: str, report: Report) -> None:
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def give_out(
+    report: Report, text: str, output_json: str | None, chart: str | None, draw: Callable[[Report, str], None]
+) -> None:
+    """Print the table, and write the file and the chart that were asked for."""
+    print(text)
+    if output_json is not None:
+        write_json(output_json, report)
+    if chart is not None:
+        draw(report, chart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 from comparison import Job, take_turns
@@ -30,18 +31,21 @@ def check_scaling(threads: int, world_size: int, n_heads: int) -> None:
 def measure_scaling(ours: Setup, prompts: Prompts, new_tokens: int, repeats: int) -> Report:
     """One rank with all threads, as many ranks with a thread each, and one rank with `BATCH` prompts, taking turns.
 
+    The ranks exchange through memory, and once more through gloo.
+
     Args:
         ours: one rank with all threads.
         prompts: at least `BATCH`.
     """
     n_ranks = ours.threads
-    setups = {"one_rank": ours, "ranks": dataclasses.replace(ours, world_size=n_ranks)}
+    cut = dataclasses.replace(ours, world_size=n_ranks)
+    setups = {"one_rank": ours, "ranks": cut, "gloo_ranks": dataclasses.replace(cut, share_memory=False)}
     kinds = dict.fromkeys(setups, PEERS["ours"])
-    with Running("one_rank", setups["one_rank"], kinds) as one, Running("ranks", setups["ranks"], kinds) as ranks:
+    with contextlib.ExitStack() as stack:
+        running = {name: stack.enter_context(Running(name, setup, kinds)) for name, setup in setups.items()}
         jobs = [
-            Job("one_rank", one, prompts[:1]),
-            Job("ranks", ranks, prompts[:1]),
-            Job("batch", one, prompts[:BATCH]),
+            *(Job(name, peer, prompts[:1]) for name, peer in running.items()),
+            Job("batch", running["one_rank"], prompts[:BATCH]),
         ]
         timings = take_turns(jobs, new_tokens, repeats)
     measured = {
@@ -60,7 +64,7 @@ def measure_scaling(ours: Setup, prompts: Prompts, new_tokens: int, repeats: int
         "threads": ours.threads,
         "batch_size": BATCH,
         **measured,
-        "ratio": {name: ratio(name) for name in ("ranks", "batch")},
+        "ratio": {name: ratio(name) for name in ("ranks", "gloo_ranks", "batch")},
     }
 
 
@@ -68,14 +72,16 @@ def lines(scaling: Report) -> list[str]:
     """The same for people."""
     threads, ratio = scaling["threads"], scaling["ratio"]
 
-    def line(label: str, name: str, target: float) -> str:
+    def line(label: str, name: str, target: float | None = None) -> str:
         speed = scaling[name]["decode"]["tokens_per_second"]["median"]
-        over = f"{ratio[name]['decode']:.2f}× (target {target})" if name in ratio else ""
-        return f"  {label:44}{speed:>10.2f} tokens/s  {over}".rstrip()
+        over = f"{ratio[name]['decode']:.2f}×" if name in ratio else ""
+        aim = "" if target is None else f" (target {target})"
+        return f"  {label:44}{speed:>10.2f} tokens/s  {over}{aim}".rstrip()
 
     return [
         f"decode in {scaling['dtype']} on {threads} threads, as:",
-        line("one rank", "one_rank", 1),
-        line(f"{threads} gloo ranks of a thread each", "ranks", 0.8),
+        line("one rank", "one_rank"),
+        line(f"{threads} ranks of a thread each, sharing memory", "ranks", 0.8),
+        line(f"{threads} ranks of a thread each, through gloo", "gloo_ranks"),
         line(f"one rank, batch {scaling['batch_size']}", "batch", 3),
     ]

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from inference import bench_device
 from peers import Running
-from report import sizes, write_json
+from report import give_out, sizes
 from training_peers import LOOPS, Steps, TrainingSetup
 from training_report import Measured, build_report, chart, table
 from weights import model_args, prepared_weights
@@ -203,11 +203,7 @@ def main(
             names = ["ours", f"hf{way}"] + ([f"hf_padded{way}"] if padded and size == wanted[0] else [])
             found[size] = measure(names, setup, work, size)
     report = build_report(found, work, setup, geometry, args, trial, peak_tflops, where)
-    print(table(report))
-    if output_json is not None:
-        write_json(output_json, report)
-    if chart_path is not None:
-        chart(report, chart_path)
+    give_out(report, table(report), output_json, chart_path, chart)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from counting import GEOMETRIES, counted
 from support import hf_model, sentencepiece_model, write_meta
 
 from llama import Llama
-from llama.checkpoint import check, memory, widening
+from llama.checkpoint import check, memory
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, given_memory
 from llama.checkpoint.plan import Planner, Setting, change, command, table
@@ -60,8 +60,7 @@ def test_of_integers(native: bool, kind: str, dtype: torch.dtype, work: Workload
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_of_integers_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # As matrices of billions of numbers are.
-    for module in (products, widening):
-        monkeypatch.setattr(module, "PIECE", 50_000)
+    monkeypatch.setattr(products, "PIECE", 200)
     for dtype in (torch.float32, torch.bfloat16):
         real, planned = counted(GEOMETRIES["wide FFN"], Workload(4, 256), dtype, GREEDY, Scheme.create(kind))
         assert planned == pytest.approx(real, rel=ACTIVATIONS)

@@ -74,7 +74,7 @@ def test_rounding_is_the_same_both_ways(way: str, form: Form) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_the_numbers(way: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "PIECE", 20 * 128)  # several pieces
+    monkeypatch.setattr(products, "PIECE", 20)  # several pieces
     packed, scales = quantize(matrix(77, 128), form)
     x, slope = matrix(5, 128).requires_grad_(), matrix(5, 77, seed=3)
     found = torch.autograd.grad(products.packed_linear(x, packed, scales), x, slope)[0]
@@ -88,7 +88,7 @@ def test_a_large_matrix_is_widened_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     whole = products.packed_linear(x, packed, scales)
     sizes: list[int] = []
     widen = products.values
-    monkeypatch.setattr(products, "PIECE", 33 * 128)
+    monkeypatch.setattr(products, "PIECE", 33)
     monkeypatch.setattr(products, "values", lambda *args: (sizes.append(args[0].shape[0]), widen(*args))[1])
     torch.testing.assert_close(products.packed_linear(x, packed, scales), whole, rtol=0, atol=1e-5)
     assert sizes == [33, 33, 33, 1]

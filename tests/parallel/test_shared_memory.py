@@ -6,8 +6,6 @@ import dataclasses
 import errno
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Pool, RankPools
+from sharing import sharing
 from support import VOCAB, hf_model, write_meta
 from torch import Tensor
 
@@ -34,18 +33,6 @@ PLACE = 256 << 10  # bytes that go at a time, see shared.h
 def _available() -> None:
     if not shared.available():
         pytest.skip("needs Linux and a C++ compiler")
-
-
-@contextmanager
-def sharing() -> Iterator[Ranks]:
-    """Ranks that share memory, and no longer afterwards: the pool's other tests go through the group."""
-    plain = groups.current()
-    try:
-        yield groups.share_memory()
-    finally:
-        if groups.current().segment is not None:
-            shared.close_segment(groups.current().segment)
-        groups._current = plain
 
 
 def brought(rank: int, dtype: torch.dtype, n: int) -> Tensor:
