@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT_S = 180
+from torch.distributed import TCPStore
+
+TIMEOUT_S = 300
+# What the tests' modules import takes seconds: on Linux it is imported once, in the process that ranks are forked from.
+METHOD = "forkserver" if sys.platform == "linux" else "spawn"
+PRELOADED = [
+    "torch", "torch._inductor.compile_fx", "fairscale.nn.model_parallel",
+    "transformers.models.llama.modeling_llama", "peft",
+]  # fmt: skip
 
 
 def _serve(rank: int, world_size: int, model_ranks: int, port: int, pipe: Connection) -> None:
@@ -18,6 +26,7 @@ def _serve(rank: int, world_size: int, model_ranks: int, port: int, pipe: Connec
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
     }  # fmt: skip
     import torch
 
@@ -42,14 +51,16 @@ class Pool:
     """Processes that are one model's ranks, or several models'."""
 
     def __init__(self, world_size: int, model_ranks: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        # Held here, as torchrun's agent holds it: a port that was free a moment ago may be somebody else's by now.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context(METHOD)
+        context.set_forkserver_preload(PRELOADED)
         self.pipes, self.processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, model_ranks, port, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, model_ranks, self.store.port, theirs), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)

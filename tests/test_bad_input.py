@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launch import TIMEOUT_S, environment, run_command
+from launch import EXAMPLE, Outcome, run_command, run_forked
 from support import hf_model, sentencepiece_model, write_hf, write_meta
 
 from llama.checkpoint.quantize import quantize_checkpoint
@@ -90,28 +88,6 @@ LATER: dict[str, tuple[list[str], list[str]]] = {
     "unknown role": (["--dialogs", "bob.json"], ["dialog 0, turn 0", "'bob'"]),
 }
 
-# Runs every case in a fork, so that torch is imported once.
-DRIVER = """
-import json, os, sys, tempfile
-from example import main
-from llama.cli import run
-verdicts = {}
-for name, words in json.load(sys.stdin).items():
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    child = os.fork()
-    if not child:
-        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-        run(main, words)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    texts = []
-    for file in (out, err):
-        file.seek(0)
-        texts.append(file.read().decode())
-    verdicts[name] = [code, *texts]
-print(json.dumps(verdicts))
-"""
-
 
 class RunsCode:
     """What a hostile checkpoint unpickles to."""
@@ -171,38 +147,34 @@ def with_defaults(words: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def verdicts(folder: Path) -> dict[str, tuple[int, str, str]]:
-    """Code, stdout and stderr of every case."""
+def verdicts(folder: Path) -> dict[str, Outcome]:
+    """How every case ends."""
     before = sorted(folder.rglob("*"))
     # A flag without its value must stay the last word.
     cases = {
-        name: [*with_defaults([]), *words] if words[-1].startswith("--") else with_defaults(words)
+        name: [EXAMPLE, *(with_defaults([]) + words if words[-1].startswith("--") else with_defaults(words))]
         for name, (words, _) in (CASES | LATER).items()
     }
-    driver = subprocess.run(
-        [sys.executable, "-c", DRIVER], input=json.dumps(cases), capture_output=True, text=True, cwd=folder,
-        env=environment(CUDA_VISIBLE_DEVICES=""), timeout=TIMEOUT_S,
-    )  # fmt: skip
-    assert driver.returncode == 0, driver.stderr
+    outcomes = run_forked(cases, folder, CUDA_VISIBLE_DEVICES="")
     assert sorted(folder.rglob("*")) == before, "a refused command leaves nothing behind"
-    return json.loads(driver.stdout)
+    return outcomes
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_told_in_one_line(verdicts: dict[str, tuple[int, str, str]], case: str) -> None:
-    code, out, err = verdicts[case]
-    assert (code, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1, err
+def test_a_mistake_is_told_in_one_line(verdicts: dict[str, Outcome], case: str) -> None:
+    outcome = verdicts[case]
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1, outcome.err
     for part in CASES[case][1]:
-        assert part in err
+        assert part in outcome.err
 
 
 @pytest.mark.parametrize("case", LATER)
-def test_what_shows_after_loading_is_told_too(verdicts: dict[str, tuple[int, str, str]], case: str) -> None:
-    code, out, err = verdicts[case]
-    assert (code, out) == (2, "")
-    (told,) = [line for line in err.splitlines() if not line.startswith("loaded ")]
+def test_what_shows_after_loading_is_told_too(verdicts: dict[str, Outcome], case: str) -> None:
+    outcome = verdicts[case]
+    assert (outcome.code, outcome.out) == (2, "")
+    (told,) = [line for line in outcome.err.splitlines() if not line.startswith("loaded ")]
     assert told.startswith("error: ")
     for part in LATER[case][1]:
         assert part in told

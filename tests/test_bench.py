@@ -18,7 +18,7 @@ PARTS = {"tokens_per_second", "seconds"}
 
 def bench(root: Path, *flags: str, script: str = "inference") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, f"scripts/bench/{script}.py", *flags]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=500)
 
 
 def report_of(root: Path, tmp_path: Path, *flags: str) -> dict:

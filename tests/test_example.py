@@ -145,7 +145,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(ckpts: Path) -> None:
         assert command.process.stdout.readline() == "the quick\n"
         command.process.stdout.close()
         command.process.stdout = None
-        run = command.finish(timeout=60)
+        run = command.finish()
     assert run.code == 1
     assert "Traceback" not in run.err
     assert "Broken" not in run.err

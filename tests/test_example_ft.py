@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import ROOT, Outcome, run_command
+from launch import ROOT, Outcome, run_command, run_forked
 from support import DIM, hf_model, sentencepiece_model, write_meta
 
 from llama import Llama
@@ -86,17 +86,23 @@ def test_example_takes_an_adapter_too(folder: Path, tuned: Llama, tmp_path: Path
     assert results(file)[0]["token_ids"] == tuned.collect(["the quick"], max_gen_len=6, temperature=0)[0].tokens
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--template", "vicuna"), "unknown template 'vicuna': use alpaca, llama2, llama3, plain"),
-        (("--input", "x"), "--input is what an instruction is about: add --instructions"),
-        (("--interactive", "--instructions", "x"), "--interactive reads instructions from the keyboard"),
-        (("--tuning_ckpt_path", "nowhere"), "no adapter at nowhere"),
-    ],
-)
-def test_refusals(folder: Path, words: tuple[str, ...], message: str) -> None:
-    run = run_command(["--ckpt_dir", folder / "ckpts" / "7B_fs4", *words], script=ROOT / "example_ft.py")
+MISTAKES = {
+    "template": (("--template", "vicuna"), "unknown template 'vicuna': use alpaca, llama2, llama3, plain"),
+    "input": (("--input", "x"), "--input is what an instruction is about: add --instructions"),
+    "two sources": (("--interactive", "--instructions", "x"), "--interactive reads instructions from the keyboard"),
+    "no adapter": (("--tuning_ckpt_path", "nowhere"), "no adapter at nowhere"),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(folder: Path) -> dict[str, Outcome]:
+    common = (ROOT / "example_ft.py", "--ckpt_dir", folder / "ckpts" / "7B_fs4")
+    return run_forked({case: [*common, *words] for case, (words, _) in MISTAKES.items()})
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_refusals(refused: dict[str, Outcome], case: str) -> None:
+    run = refused[case]
     assert run.code == 2
     assert len(run.err.splitlines()) == 1
-    assert run.err.startswith(f"error: {message}")
+    assert run.err.startswith(f"error: {MISTAKES[case][1]}")

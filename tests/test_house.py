@@ -84,7 +84,7 @@ def test_folders_of_files_hold_no_code(root: Path, name: str) -> None:
 
 
 def in_fresh_python(root: Path, code: str) -> str:
-    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 

@@ -53,7 +53,8 @@ def test_inference_is_the_same(
     on_ranks: Callable[..., list], folder: Path, world_size: int, kind: str | None, split: str | None
 ) -> None:
     wanted = on_ranks(world_size, inferred, folder, 0, kind, split)
-    for n_offloaded in (1, HALF, N_LAYERS):
+    # Which layers a rank streams has nothing to do with the number of ranks.
+    for n_offloaded in (1, HALF, N_LAYERS) if world_size == 1 else (HALF,):
         for (logits, tokens), (expected, chosen) in zip(
             on_ranks(world_size, inferred, folder, n_offloaded, kind, split), wanted, strict=True
         ):

@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support import VOCAB, hf_model, sentencepiece_model, write_meta
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parent.parent
 # Run by whoever runs this test: `make test` itself, and the installation that it begins with; or against a server
@@ -25,6 +27,17 @@ def blocks(readme: str, language: str) -> list[str]:
 def commands(readme: str) -> list[str]:
     lines = [line for block in blocks(readme, "bash") for line in block.splitlines() if line.strip()]
     return [line for line in lines if not (line in BY_OTHERS or line.startswith(BY_OTHERS[:3]))]
+
+
+def brief_model() -> LlamaForCausalLM:
+    """Random weights that end a text after some ten tokens; others would go on to the end of the cache."""
+    model = hf_model("1", intermediate_size=192)  # whole groups of 32, as 7B has
+    with torch.no_grad():
+        # One feature that every token has and that the end of a text, token 2, is read from.
+        model.model.embed_tokens.weight[:, 0] = 8.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[2] = torch.eye(1, model.config.hidden_size)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +62,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory, tuned_tiny: Path) -> Path
     ckpts = folder / "ckpts"
     ckpts.mkdir()
     (ckpts / "tiny").symlink_to(ROOT / "ckpts" / "tiny")
-    model = hf_model("1", intermediate_size=192)  # whole groups of 32, as 7B has
+    model = brief_model()
     write_meta(ckpts / "7B", model, embedding_dim=1)
     write_meta(ckpts / "7B_fs4", model, n_shards=4, embedding_dim=1, stem="fs_consolidated")
     sentencepiece_model(ckpts, VOCAB)

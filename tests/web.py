@@ -190,7 +190,7 @@ def unannounced(content: bytes) -> Fault:
 def trickle(handler: Handler, body: bytes, _: str | None) -> None:
     """Half of the file at once, and the rest never."""
     handler.answer(200, {"Content-Length": str(len(body))}, body[: len(body) // 2])
-    time.sleep(30)
+    time.sleep(300)
 
 
 # -- a hub -----------------------------------------------------------------------------------------

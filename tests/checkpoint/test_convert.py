@@ -445,7 +445,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
         ["scripts/convert.py", "--ckpt_dir", str(source), "--to", "onnx", "--output", str(tmp_path / "b")],
     ]
     runs = [
-        subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=120)
+        subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=300)
         for command in commands
     ]
     assert [run.returncode for run in runs] == [0, 0, 2], runs

@@ -520,7 +520,7 @@ def command(*words: object) -> list[str]:
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command(*words), capture_output=True, text=True, timeout=120, env=environment, check=False)
+    return subprocess.run(command(*words), capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,11 +104,23 @@ def counted(
     return (needed.trained + needed.kept + needed.temporaries) / peak_bytes(train)
 
 
-def assert_planned(runs: list[float], most: float = MOST) -> None:
-    """Hold the smallest count from below, since gloo lets go of a buffer late now and then, and the middle one from
-    above, since the profiler orders events that coincide as it likes."""
-    assert max(runs) >= LEAST, runs
-    assert sorted(runs)[len(runs) // 2] <= most, runs
+def assert_planned(run: Callable[[], float | list[float]], most: float = MOST, n_runs: int = 3) -> None:
+    """Hold what is planned over what a run takes, on each rank, between `LEAST` and `most`.
+
+    A count may be off: gloo lets go of a buffer late now and then, and the profiler orders events that coincide as it
+    likes. After one that is, the smallest of `n_runs` is held from below and the middle one from above.
+    """
+
+    def ratios_of_ranks() -> list[float]:
+        found = run()
+        return found if isinstance(found, list) else [found]
+
+    seen = [ratios_of_ranks()]
+    if not all(LEAST <= ratio <= most for ratio in seen[0]):
+        seen += [ratios_of_ranks() for _ in range(n_runs - 1)]
+    for ratios in zip(*seen, strict=True):
+        assert max(ratios) >= LEAST, seen
+        assert sorted(ratios)[len(ratios) // 2] <= most, seen
 
 
 def changed(work: Training, **other: Any) -> Training:
@@ -119,7 +132,7 @@ def changed(work: Training, **other: Any) -> Training:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_prompt_tuning_takes(name: str, dtype: torch.dtype, checkpointing: bool) -> None:
     work = changed(PROMPT, checkpointing=checkpointing)
-    assert_planned([counted(GEOMETRIES[name], work, dtype) for _ in range(3)])
+    assert_planned(partial(counted, GEOMETRIES[name], work, dtype))
 
 
 @pytest.mark.parametrize(
@@ -135,13 +148,13 @@ def test_what_prompt_tuning_takes(name: str, dtype: torch.dtype, checkpointing: 
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_lora_takes(work: Training, dtype: torch.dtype) -> None:
-    assert_planned([counted(GEOMETRIES["groups"], work, dtype) for _ in range(3)])
+    assert_planned(partial(counted, GEOMETRIES["groups"], work, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_examples_of_two_lengths_take_no_more(dtype: torch.dtype) -> None:
     work = changed(PROMPT, n_prompts=8)
-    assert_planned([counted(GEOMETRIES["groups"], work, dtype, ragged=1) for _ in range(3)])
+    assert_planned(partial(counted, GEOMETRIES["groups"], work, dtype, ragged=1))
 
 
 @pytest.mark.parametrize("n_examples", [1, 2])
@@ -151,7 +164,7 @@ def test_examples_of_two_lengths_take_no_more(dtype: torch.dtype) -> None:
 def test_where_attention_takes_most(work: Training, dtype: torch.dtype, n_kv_heads: int, n_examples: int) -> None:
     narrow = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=n_kv_heads, vocab_size=64, ffn_dim=64)
     long = changed(work, n_prompts=n_examples, length=384)
-    assert_planned([counted(narrow, long, dtype) for _ in range(3)])
+    assert_planned(partial(counted, narrow, long, dtype))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +177,7 @@ def test_where_attention_takes_most(work: Training, dtype: torch.dtype, n_kv_hea
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_two_ranks(on_ranks: Callable[..., list[float]], work: Training, dtype: torch.dtype) -> None:
-    runs = [on_ranks(2, counted, GEOMETRIES["groups"], work, dtype) for _ in range(7)]
-    for rank in range(2):
-        assert_planned([run[rank] for run in runs], MOST_TOGETHER)
+    assert_planned(partial(on_ranks, 2, counted, GEOMETRIES["groups"], work, dtype), MOST_TOGETHER, 7)
 
 
 OVER = [
@@ -182,7 +193,7 @@ OVER = [
 def test_over_integers(work: Training, kind: str, dtype: torch.dtype) -> None:
     scheme = Scheme.create(kind)
     for name in ("groups", "wide FFN"):
-        assert_planned([counted(GEOMETRIES[name], work, dtype, 0, scheme) for _ in range(3)])
+        assert_planned(partial(counted, GEOMETRIES[name], work, dtype, 0, scheme))
 
 
 def test_over_integers_that_our_kernels_widen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,28 +201,27 @@ def test_over_integers_that_our_kernels_widen(monkeypatch: pytest.MonkeyPatch) -
         pytest.skip("the kernels cannot be built here")
     monkeypatch.setattr(products, "_loaded", True)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_planned([counted(GEOMETRIES["wide FFN"], PROMPT, dtype, 0, Scheme.create("int4")) for _ in range(3)])
+        assert_planned(partial(counted, GEOMETRIES["wide FFN"], PROMPT, dtype, 0, Scheme.create("int4")))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_over_integers_in_pieces(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(products, "PIECE", 200)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_planned([counted(GEOMETRIES["groups"], PROMPT, dtype, 0, Scheme.create(kind)) for _ in range(3)])
+        assert_planned(partial(counted, GEOMETRIES["groups"], PROMPT, dtype, 0, Scheme.create(kind)))
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_over_integers_on_two_ranks(on_ranks: Callable[..., list[float]], kind: str) -> None:
     scheme = Scheme.create(kind)
-    runs = [on_ranks(2, counted, GEOMETRIES["groups"], PROMPT, torch.bfloat16, 0, scheme) for _ in range(5)]
-    for rank in range(2):
-        assert_planned([run[rank] for run in runs], MOST_TOGETHER)
+    one = partial(on_ranks, 2, counted, GEOMETRIES["groups"], PROMPT, torch.bfloat16, 0, scheme)
+    assert_planned(one, MOST_TOGETHER, 5)
 
 
 @pytest.mark.parametrize("work", OVER)
 @pytest.mark.parametrize("n_offloaded", [1, 3, 6])
 def test_over_layers_that_are_streamed(work: Training, n_offloaded: int) -> None:
-    assert_planned([counted(GEOMETRIES["deep"], work, torch.float32, 0, None, n_offloaded) for _ in range(3)])
+    assert_planned(partial(counted, GEOMETRIES["deep"], work, torch.float32, 0, None, n_offloaded))
 
 
 def trained_bytes(args: ModelArgs, work: Training) -> tuple[int, int]:
@@ -352,7 +362,7 @@ def script(root: Path) -> ModuleType:
 def test_the_command(root: Path) -> None:
     flags = "--model llama-2-7b --nproc 4 --memory 8GB --dtype bf16 --train lora --lora_targets all --batch_size 16"
     run = subprocess.run(
-        [sys.executable, "scripts/plan.py", *flags.split()], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "scripts/plan.py", *flags.split()], cwd=root, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     first, *_ = run.stdout.splitlines()

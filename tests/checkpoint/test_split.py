@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -178,43 +177,61 @@ def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
 # -- kills -----------------------------------------------------------------------------------------
 
 N_KILLS = 20
-SLOWLY = """
-import os, sys, time
-import llama.checkpoint.files as files, llama.checkpoint.split as split
+# Runs splits in forks, each killed before one of the system calls by which files come to be; prints how many there are.
+DYING = """
+import os, pathlib, shutil, signal, sys
+import llama.checkpoint.split as split
+from llama.checkpoint import manifest
 split.CHUNK_BYTES = 4096
-real = os.pwrite
-def pwrite(*args):
-    time.sleep(0.004)
-    return real(*args)
-os.pwrite = pwrite
-print("ready", flush=True)
-split.split(sys.argv[1], 2)
+at = n_calls = 0
+
+def counted(call):
+    def before(*args, **options):
+        global n_calls
+        n_calls += 1
+        if n_calls == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+    return before
+
+for module, name in ((os, "pwrite"), (os, "mkdir"), (os, "rename"), (os, "replace"), (os, "unlink"), (os, "fsync")):
+    setattr(module, name, counted(getattr(module, name)))
+for kill in map(int, sys.stdin):
+    child = os.fork()
+    if not child:
+        at = kill
+        split.split(sys.argv[1], 2)
+        pathlib.Path(sys.argv[1], "calls").write_text(str(n_calls))
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_leaves_nothing_that_loads(tmp_path: Path) -> None:
     source, target = write_meta(tmp_path / "m", hf_model("2")), tmp_path / "m_fs2"
-    n_cut_short = 0
-    for kill in range(N_KILLS):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SLOWLY, str(source)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
+    with subprocess.Popen(
+        [sys.executable, "-c", DYING, str(source)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.02 + 0.6 * kill / N_KILLS)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if target.exists():  # it was done before the kill
-            assert manifest.verify(target) > 0
-            shutil.rmtree(target)
-            continue
-        n_cut_short += 1
-        for folder in tmp_path.iterdir():
-            if folder != source:
-                assert folder.name == "m_fs2.partial"
-                with pytest.raises(LlamaError):
-                    open_checkpoint(folder)
-    assert n_cut_short >= N_KILLS // 2
+
+        def killed_before(call: int) -> int:
+            """How a run ends that is killed before a call; 0 is none."""
+            process.stdin.write(f"{call}\n")
+            return int(process.stdout.readline())
+
+        assert killed_before(0) == 0
+        n_calls = int((source / "calls").read_text())
+        (source / "calls").unlink()
+        assert n_calls > 5 * N_KILLS
+        for kill in range(N_KILLS):
+            shutil.rmtree(target, ignore_errors=True)
+            assert killed_before(1 + kill * (n_calls - 1) // (N_KILLS - 1)) == -signal.SIGKILL
+            for folder in tmp_path.iterdir():
+                if folder != source:
+                    assert folder.name == "m_fs2.partial"
+                    with pytest.raises(LlamaError):
+                        open_checkpoint(folder)
     assert manifest.verify(split(source, 2)) > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m_fs2"]

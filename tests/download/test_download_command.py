@@ -92,7 +92,7 @@ def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "llama.download", *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=os.environ | env,
     )
 
@@ -135,7 +135,7 @@ def test_a_killed_download_looks_unfinished_and_is_continued(tmp_path: Path) -> 
         words = ["--url", f"{web.url}/*?Signature=hush", "--model", "llama-3-8b", "--output_dir", str(tmp_path)]
         partial = tmp_path / "consolidated.00.pth.partial"
         with subprocess.Popen([*COMMAND, *words], stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while time.monotonic() < deadline and not (partial.exists() and partial.stat().st_size):
                 time.sleep(0.05)
             process.kill()

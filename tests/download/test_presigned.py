@@ -12,7 +12,7 @@ from llama.download.presigned import Link
 from llama.download.transfer import Patience
 from llama.errors import CheckpointError, DownloadError, LlamaError
 
-QUICK = Patience(tries=3, pause=0.01, longest_pause=0.02, timeout=1.0)
+QUICK = Patience(tries=3, pause=0.01, longest_pause=0.02, timeout=60.0)
 QUERY = "?Policy=abc&Signature=hush*&Key-Pair-Id=K"
 SHARDS = {f"consolidated.{shard:02d}.pth": bytes([shard]) * 150_000 for shard in range(2)}
 PARAMS = json.dumps({"dim": 64}).encode()

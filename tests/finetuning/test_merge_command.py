@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 def merge(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/merge_adapter.py", *map(str, words)]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -59,7 +59,8 @@ def test_training_is_the_same(
     on_ranks: Callable[..., list], folder: Path, world_size: int, method: str, kind: str | None
 ) -> None:
     wanted = on_ranks(world_size, trained, folder, 0, method, kind)
-    for n_offloaded in (1, HALF, N_LAYERS):
+    # Which layers a rank streams has nothing to do with the number of ranks.
+    for n_offloaded in (1, HALF, N_LAYERS) if world_size == 1 else (HALF,):
         for ours, expected in zip(
             on_ranks(world_size, trained, folder, n_offloaded, method, kind), wanted, strict=True
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,17 @@ def train(
     return {"loss": losses, "trained": {one.name: one.whole(one.parameter.detach()) for one in tuning.trained}}
 
 
+@pytest.fixture(scope="module")
+def alone(folder: Path, references: dict[str, Path]) -> Callable[..., dict[str, Any]]:
+    """`alone(method, name)`: what one process makes of the scheme's numbers, or with None of the original's."""
+
+    @functools.cache
+    def trained(method: str, name: str | None) -> dict[str, Any]:
+        return train(folder if name is None else references[name], None, method)
+
+    return trained
+
+
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert max(abs(a - b) for a, b in zip(found["loss"], expected["loss"], strict=True)) < 1e-4
     for name, tensor in expected["trained"].items():
@@ -72,13 +84,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("method", ["prompt", "lora"])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_it_is_tuning_over_the_numbers(
-    on_ranks: Callable[..., list], folder: Path, references: dict[str, Path], name: str, method: str,
+    on_ranks: Callable[..., list], folder: Path, alone: Callable[..., dict[str, Any]], name: str, method: str,
     world_size: int, tensor_split: str | None,
 ) -> None:  # fmt: skip
-    expected = train(references[name], None, method)
+    expected, original = alone(method, name), alone(method, None)
     for found in on_ranks(world_size, train, folder, SCHEMES[name], method, tensor_split):
         assert_close(found, expected)
-    original = train(folder, None, method)
     assert max(abs(a - b) for a, b in zip(original["loss"], expected["loss"], strict=True)) > 1e-3
     assert expected["loss"][0] != expected["loss"][-1]
 

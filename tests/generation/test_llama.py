@@ -107,13 +107,17 @@ def everything(checkpoint: Path, tensor_split: str | None) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def alone(checkpoint: Path) -> dict[str, Any]:
+    return everything(checkpoint, None)
+
+
 @pytest.mark.parametrize(
     ("world_size", "tensor_split"), [(2, None), (3, None), (4, None), (2, "3,1"), (3, "1,2,1"), (4, "4,1,1,2")]
 )
 def test_the_world_size_changes_nothing(
-    pools: RankPools, checkpoint: Path, world_size: int, tensor_split: str | None
+    pools: RankPools, checkpoint: Path, alone: dict[str, Any], world_size: int, tensor_split: str | None
 ) -> None:
-    alone = everything(checkpoint, None)
     for result in pools.run(world_size, everything, checkpoint, tensor_split):
         for name, (tokens, logprobs) in alone.items():
             assert result[name][0] == tokens, name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,12 @@ def references(folder: Path) -> dict[str, Path]:
     return {name: write_state(folder.parent / name, wide_model(), rounded(state, one)) for name, one in SCHEMES.items()}
 
 
+@pytest.fixture(scope="module")
+def alone(references: dict[str, Path]) -> Callable[[str, str], list[Any]]:
+    """What one process makes of a scheme's numbers with an adapter, once."""
+    return functools.cache(lambda name, adapter: greedy(references[name], None, adapter))
+
+
 def adapters() -> dict[str, Adapter | None]:
     generator = torch.Generator().manual_seed(2)
     halves = torch.randn(4, 256, generator=generator) * 0.1, torch.randn(256, 4, generator=generator) * 0.1
@@ -60,10 +68,10 @@ def greedy(folder: Path, quantize: Any, adapter: str = "none", tensor_split: str
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("adapter", adapters())
 def test_tokens_are_those_of_the_reference(
-    pools: RankPools, folder: Path, references: dict[str, Path], name: str, adapter: str, world_size: int,
+    pools: RankPools, folder: Path, alone: Callable[[str, str], list[Any]], name: str, adapter: str, world_size: int,
     tensor_split: str | None,
 ) -> None:  # fmt: skip
-    expected = greedy(references[name], None, adapter)
+    expected = alone(name, adapter)
     for found in pools.run(world_size, greedy, folder, name, adapter, tensor_split):
         for (tokens, scores), (wanted, their_scores) in zip(found, expected, strict=True):
             assert tokens == wanted

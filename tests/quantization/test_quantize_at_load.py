@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,16 +75,23 @@ def answers(folder: Path, scheme: Scheme | None, tensor_split: str | None) -> tu
     return logits, prompt.grad
 
 
+@pytest.fixture(scope="module")
+def alone() -> Callable[[Path], tuple[Tensor, Tensor]]:
+    """What one process makes of a checkpoint as it is, once."""
+    return functools.cache(lambda folder: answers(folder, None, None))
+
+
 @pytest.mark.parametrize(("world_size", "tensor_split"), CUTS)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_it_is_its_own_dequantized_reference(
-    on_ranks: OnRanks, folder: Path, references: dict[str, Path], name: str, world_size: int, tensor_split: str | None
-) -> None:
-    logits, slope = answers(references[name], None, None)
+    on_ranks: OnRanks, folder: Path, alone: Callable[[Path], tuple[Tensor, Tensor]], references: dict[str, Path],
+    name: str, world_size: int, tensor_split: str | None,
+) -> None:  # fmt: skip
+    logits, slope = alone(references[name])
     for found, gradient in on_ranks(world_size, answers, folder, SCHEMES[name], tensor_split):
         assert (found - logits).abs().max() < 1e-5 * logits.abs().max()
         assert (gradient - slope).abs().max() < 1e-5 * slope.abs().max()
-    plain = answers(folder, None, None)[0]
+    plain = alone(folder)[0]
     assert (plain - logits).abs().max() > 1e-3 * logits.abs().max(), "nothing was rounded"
 
 
