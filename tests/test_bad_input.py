@@ -79,6 +79,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "no dialogs": (["--dialogs", "list.json"], ["list.json holds no dialog"]),
     "dialogs that are no JSON": (["--dialogs", "blank.txt"], ["blank.txt is not JSON"]),
     "two sources": (["--prompts", "a", "--interactive"], ["--prompts and --interactive", "choose one"]),
+    "echo of dialogs": (["--dialogs", "list.json", "--echo"], ["--echo", "leave it out"]),
     "output into no folder": (["--output_json", "nowhere/o.json"], ["nowhere/o.json", "no folder"]),
     "output onto a folder": (["--output_json", "empty"], ["empty", "is a folder"]),
 }  # fmt: skip

@@ -54,7 +54,7 @@ def test_what_is_written_runs_and_is_split(folder: Path, tmp_path: Path) -> None
 
 
 MISTAKES = {
-    "type": (["--type", "int3"], ["'int3'", "int8, int4"]),
+    "type": (["--type", "int3"], ["--type 'int3'", "int8, int4"]),
     "no type": ([], ["--type must be given"]),
     "group size": (["--type", "int4", "--group_size", "48"], ["group_size 48", "32, 64, 128"]),
     "rows": (["--type", "int4", "--group_size", "128"], ["rows of 704", "groups of 128", "group_size 32 or 64"]),
