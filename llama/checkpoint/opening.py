@@ -56,11 +56,10 @@ class Opened:
 
         Every rank of the model makes this call, once the groups are started.
         """
-        if self.device.type != "cpu" or not kernels_pay(self.partition, self.dtype.itemsize):
-            return groups.current()
-        if self.scheme is not None or self.dtype == torch.bfloat16:
+        pays = self.device.type == "cpu" and kernels_pay(self.partition, self.dtype.itemsize)
+        if pays and (self.scheme is not None or self.dtype == torch.bfloat16):
             products.enable()
-        return groups.share_memory()
+        return groups.share_memory(pays)
 
     def describe(self, seconds: float) -> str:
         """One line for a person: what was loaded in so many seconds, and where."""

@@ -1,10 +1,9 @@
 """The four moves between a whole tensor and its shards, forward and backward.
 
-They go through memory where the ranks share some (see `groups.share_memory`), else through the group.
-
-There they are autograd functions of ours around torch's functional collectives: those compile into one
+They are autograd functions of ours around torch's functional collectives: those compile into one
 graph with the model, but torch's own backward of `all_reduce` reduces again, which multiplies every
-gradient by the world size. With one rank each of them is the identity.
+gradient by the world size. Where the ranks share memory (see `groups.share_memory`), numbers go through
+that rather than through the group. With one rank each of them is the identity.
 
 The pairs are Megatron's (arXiv:1909.08053): `copy` before a column-parallel linear, `reduce` after a
 row-parallel one, `gather` and `scatter` along the last dimension.

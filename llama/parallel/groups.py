@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,23 +141,28 @@ def _model_groups(device: torch.device, size: int) -> Ranks:
     return Ranks(rank, size, fairscale_groups.get_model_parallel_group(), control, device, replicas=replicas)
 
 
-def share_memory() -> Ranks:
+def share_memory(wanted: bool = True) -> Ranks:
     """The ranks of this model, from now on with collectives through memory that they share, where they can.
 
     They can where all of them compute on the CPU of one Linux machine that has a C++ compiler. Every rank makes this
     call, with nothing before it that could fail on one of them alone.
+
+    Args:
+        wanted: whether this rank has use for it; it takes all of them.
     """
     global _current
     ranks = _current
-    if ranks.world_size == 1 or ranks.segment is not None or ranks.device.type != "cpu":
+    if ranks.world_size == 1 or ranks.segment is not None:
         return ranks
-    hosts = gather_objects(socket.gethostname() if shared.available() else "")
-    if not hosts[0] or len(set(hosts)) > 1:
+    able = wanted and ranks.device.type == "cpu" and shared.available()
+    told = gather_objects((socket.gethostname() if able else "", os.getpid()))
+    hosts, pids = {host for host, _ in told}, [pid for _, pid in told]
+    if "" in hosts or len(hosts) > 1:
         return ranks
     path = broadcast_object(_create_segment(ranks.world_size) if ranks.rank == 0 else None)
     if path is None:
         return ranks
-    segment = _open_segment(path, ranks)
+    segment = _open_segment(path, ranks, pids)
     everybody = None not in gather_objects(segment)
     if ranks.rank == 0:
         path.unlink()
@@ -173,10 +179,13 @@ def _create_segment(world_size: int) -> Path | None:
         return None
 
 
-def _open_segment(path: Path, ranks: Ranks) -> int | None:
+def _open_segment(path: Path, ranks: Ranks, pids: Sequence[int]) -> int | None:
+    """None in a container of its own, which has its own files, or does not see whether the others live."""
+    if not all(Path("/proc", str(pid)).exists() for pid in pids):
+        return None
     try:
         return shared.open_segment(path, ranks.rank, ranks.world_size)
-    except RuntimeError:  # another machine of the same name, or a container of its own
+    except RuntimeError:
         return None
 
 

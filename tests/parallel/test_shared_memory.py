@@ -177,7 +177,9 @@ def segment_of(spoil: str) -> tuple[bool, list[str], list[str]]:
             patch.setattr(groups.socket, "gethostname", lambda: f"host{rank}")
         if spoil == "no room" and rank == 0:
             patch.setattr(os, "posix_fallocate", _refuse)
-        if spoil == "a container of its own" and rank == 1:
+        if spoil == "processes of its own" and rank == 1:
+            patch.setattr(os, "getpid", lambda: 2**22 + 1)  # more than Linux gives
+        if spoil == "files of its own" and rank == 1:
             open_segment = shared.open_segment
             patch.setattr(shared, "open_segment", lambda path, *place: open_segment(Path("/dev/shm/nothing"), *place))
         with sharing() as ranks:
@@ -189,7 +191,9 @@ def _refuse(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("spoil", ["", "no kernels", "another machine", "no room", "a container of its own"])
+@pytest.mark.parametrize(
+    "spoil", ["", "no kernels", "another machine", "no room", "files of its own", "processes of its own"]
+)
 def test_where_one_rank_cannot_all_go_through_the_group(pools: RankPools, spoil: str) -> None:
     for is_shared, total, left in pools.run(2, segment_of, spoil):
         assert is_shared == (spoil == "")
