@@ -81,7 +81,7 @@ def lines(scaling: Report) -> list[str]:
     return [
         f"decode in {scaling['dtype']} on {threads} threads, as:",
         line("one rank", "one_rank"),
-        line(f"{threads} ranks of a thread each, sharing memory", "ranks", 0.8),
-        line(f"{threads} ranks of a thread each, through gloo", "gloo_ranks"),
+        line(f"{threads} ranks of a thread each", "ranks", 0.8),
+        line(f"{threads} ranks of a thread each, over gloo alone", "gloo_ranks"),
         line(f"one rank, batch {scaling['batch_size']}", "batch", 3),
     ]
