@@ -140,12 +140,16 @@ class _Pass:
         return self._wide(nbytes) if self.kernels.itemsize < FLOAT else 0
 
     def _norm(self) -> int:
-        """RMSNorm of the stream: float32 copy, normed, back to the dtype, times the weight."""
+        """RMSNorm of the stream: float32 copy, normed, back to the dtype, times the weight; or all in one pass."""
+        if self.kernels.native:
+            return self.stream
         narrowed = self.stream if self.kernels.itemsize < FLOAT else 0
         return self._copy(self.stream) + self._wide(self.stream) + narrowed + self.stream
 
     def _rope(self, projected: int) -> int:
-        """The projection, its float32 copy, that turned, and back in the dtype."""
+        """The projection, its float32 copy, that turned, and back in the dtype; or all of it in one pass."""
+        if self.kernels.native:
+            return 2 * projected
         narrowed = projected if self.kernels.itemsize < FLOAT else 0
         return projected + self._copy(projected) + self._wide(projected) + narrowed
 

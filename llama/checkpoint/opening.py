@@ -57,7 +57,7 @@ class Opened:
         Every rank of the model makes this call, once the groups are started.
         """
         pays = self.device.type == "cpu" and kernels_pay(self.partition, self.dtype.itemsize)
-        if pays and (self.scheme is not None or self.dtype == torch.bfloat16):
+        if pays and kernels_serve(self.scheme, self.dtype):
             products.enable()
         return groups.share_memory(pays)
 
@@ -122,6 +122,11 @@ def cut_model(
     partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
     check_cuts(args, scheme, partition)
     return partition
+
+
+def kernels_serve(scheme: Scheme | None, dtype: torch.dtype) -> bool:
+    """Whether there are kernels for what a model holds: integers, or bfloat16."""
+    return scheme is not None or dtype == torch.bfloat16
 
 
 def kernels_pay(partition: Partition, itemsize: int) -> bool:

@@ -18,7 +18,7 @@ import torch
 from llama.checkpoint.activations import Workload
 from llama.checkpoint.memory import Memory, Pool
 from llama.checkpoint.needs import PASSING, Plan, RankPlan, Setting, needed_items
-from llama.checkpoint.opening import cut_model, kernels_pay
+from llama.checkpoint.opening import cut_model, kernels_pay, kernels_serve
 from llama.checkpoint.training import Training
 from llama.checkpoint.widening import Kernels
 from llama.config import ModelArgs
@@ -82,7 +82,8 @@ class Planner:
         itemsize = setting.dtype.itemsize
         # Generation with offloaded layers does without; see `llama.generation.steps.settle_mode`.
         wanted = isinstance(setting.work, Training) or not setting.offload_layers
-        native = threads and wanted and kernels_pay(partition, itemsize) and can_build()
+        serve = kernels_serve(setting.scheme, setting.dtype) and kernels_pay(partition, itemsize)
+        native = threads and wanted and serve and can_build()
         return Kernels(itemsize, threads, fused, bool(native))
 
     def advise(self, setting: Setting) -> list[Setting]:

@@ -21,7 +21,7 @@ class Kernels:
         itemsize: bytes of a number of the model's dtype.
         threads: of a CPU rank, each with tiles of its own; 0 on a card.
         fused: whether attention never holds all scores at a time.
-        native: whether our own kernels for integers are there.
+        native: whether our own kernels are in use.
     """
 
     itemsize: int
