@@ -168,6 +168,8 @@ def share_memory(wanted: bool = True) -> Ranks:
         path.unlink()
     if everybody:
         _current = dataclasses.replace(ranks, segment=segment)
+    elif segment is not None:
+        shared.close_segment(segment)
     return _current
 
 
