@@ -6,7 +6,7 @@ from llama import Llama
 from llama.cli import run
 from llama.generation import command, tasks
 from llama.parallel import groups
-from llama.quantization.asked import Asked
+from llama.quantization.scheme import Asked
 
 TINY = str(Path(__file__).parent / "ckpts" / "tiny")
 

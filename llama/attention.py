@@ -15,7 +15,7 @@ class Context(Protocol):
     """What the tokens of one forward pass see besides, or in place of, one another causally.
 
     A cache of earlier tokens is one (`llama.cache`), examples that share their beginning are another
-    (`llama.finetuning.packed`).
+    (`llama.finetuning.packing`).
     """
 
     def mask(self, positions: Tensor) -> Tensor | None:

@@ -23,7 +23,7 @@ from fire import docstrings
 from fire.decorators import SetParseFns
 
 from llama import env
-from llama.console import is_speaker
+from llama.env import is_speaker
 from llama.errors import LlamaError, UsageError
 from llama.parallel import groups, store
 from llama.parallel.leaving import INTERRUPTED, leave, listen

@@ -1,6 +1,7 @@
-"""The environment: what torchrun left there of this process's place among the others, and what we add to it."""
+"""The environment: what torchrun left there of this process's place, and the voice of the process that speaks."""
 
 import os
+import sys
 
 from llama.errors import LlamaError
 
@@ -40,3 +41,14 @@ def wait_briefly() -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
+
+
+def is_speaker() -> bool:
+    """Whether this process is the one that talks to the person: rank 0, or the only process."""
+    return rank() == 0
+
+
+def notice(text: str) -> None:
+    """Print one line to stderr on rank 0; every other rank stays silent."""
+    if is_speaker():
+        print(text, file=sys.stderr, flush=True)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.cli import run
+from llama.config import geometry as published_geometry
 from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
-from llama.geometries import geometry as published_geometry
 from llama.parallel.partition import Partition
 
 # Okabe and Ito's palette, told apart by colour-blind readers; further ranks repeat it with hatching.
@@ -442,7 +442,7 @@ def main(
     """Print or draw how a published geometry is cut across ranks.
 
     Args:
-        geometry: such as llama-2-7b or llama-3-8b; see llama/geometries.py.
+        geometry: such as llama-2-7b or llama-3-8b; see llama/config.py.
         nproc: ranks.
         tensor_split: their weights, such as 3,1.
         output: a PNG to write.

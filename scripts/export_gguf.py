@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from llama.checkpoint.gguf import export_gguf
+from llama.adapters.adapter import LoraAdapter, PromptAdapter
+from llama.adapters.files import read_adapter
+from llama.adapters.fold import with_adapter
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import name_words, run
-from llama.finetuning.adapter_files import read_adapter
-from llama.finetuning.adapters import LoraAdapter, PromptAdapter
-from llama.finetuning.merge import with_adapter
+from llama.export.gguf import export_gguf
 from llama.tokenizer import find_tokenizer, load_tokenizer
 
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from llama.adapters.files import read_adapter
+from llama.adapters.fold import merge_adapter
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.device import parse_dtype
-from llama.finetuning.adapter_files import read_adapter
-from llama.finetuning.merge import merge_adapter
 
 
 def main(

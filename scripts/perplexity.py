@@ -25,16 +25,16 @@ from typing import Any
 import torch
 
 from llama import Llama
-from llama.checkpoint.activations import Workload
 from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.cli import name_words, run
-from llama.console import is_speaker
+from llama.env import is_speaker
 from llama.errors import UsageError
 from llama.generation.command import write_json
 from llama.generation.perplexity import Scores, read_windows, score
 from llama.generation.tasks import check_writable
 from llama.parallel import groups
-from llama.quantization.asked import Asked
+from llama.plan.inference import Workload
+from llama.quantization.scheme import Asked
 from llama.tokenizer import find_tokenizer, load_tokenizer
 
 

@@ -12,19 +12,16 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.activations import Workload
-from llama.checkpoint.memory import given_memory, machine_memory
-from llama.checkpoint.plan import NAMES, Plan, Planner, Setting, change, command, show_bytes, table
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
-from llama.config import ModelArgs
+from llama.config import ModelArgs, geometry
 from llama.device import DTYPES, choose_device, choose_dtype
 from llama.errors import LlamaError, UsageError
-from llama.finetuning.settings import METHODS, TrainSettings
-from llama.finetuning.workload import workload
-from llama.geometries import geometry
-from llama.quantization.asked import Asked, settle
-from llama.quantization.scheme import Scheme
+from llama.finetuning.settings import METHODS, TrainSettings, workload
+from llama.plan.advice import NAMES, Plan, Planner, Setting, change, command, show_bytes, table
+from llama.plan.inference import Workload
+from llama.plan.memory import given_memory, machine_memory
+from llama.quantization.scheme import Asked, Scheme, settle
 
 
 def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, Scheme | None, str]:

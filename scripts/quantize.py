@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterable
 
 from llama.checkpoint.calibrate import calibrated, read_calibration
-from llama.checkpoint.opening import check_vocabulary
 from llama.checkpoint.quantize import Quantized, quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import name_words, run
 from llama.device import choose_device
 from llama.errors import QuantizationError
 from llama.kernels.formats import KINDS
-from llama.quantization.asked import Asked
+from llama.quantization.scheme import Asked
+from llama.runtime import check_vocabulary
 from llama.tokenizer import find_tokenizer, load_tokenizer
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from allocations import empty_shard, peak_bytes
 
-from llama.checkpoint.activations import Workload, activation_bytes
-from llama.checkpoint.opening import cut_model
-from llama.checkpoint.widening import Kernels
+from llama.adapters.soft_prompt import prefix_of
+from llama.checkpoint.load import cut_model
 from llama.config import ModelArgs
-from llama.generation.adapted import prefix_of
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
+from llama.plan.inference import Kernels, Workload, activation_bytes
 from llama.quantization.scheme import Scheme
 
 GEOMETRIES = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llama import Llama, load_tokenizer
-from llama.checkpoint.gguf import export_gguf
 from llama.checkpoint.source import open_checkpoint
+from llama.export.gguf import export_gguf
 
 gguf = pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")

@@ -8,7 +8,7 @@ import torch
 from support import hf_model
 from torch import Tensor, nn
 
-from llama.finetuning.adapters import LoraAdapter
+from llama.adapters.adapter import LoraAdapter
 
 if TYPE_CHECKING:
     from peft import PeftModel

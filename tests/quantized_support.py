@@ -11,8 +11,7 @@ from support import hf_model, meta_params
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from llama.checkpoint.load import load_model
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.load import cut_model, load_model
 from llama.checkpoint.source import open_checkpoint
 from llama.kernels.formats import dequantize, quantize
 from llama.model import Transformer
@@ -73,7 +72,7 @@ def own_parts(
     folder: Path, scheme: Scheme | None, tensor_split: str | None = None
 ) -> dict[str, tuple[tuple[slice, ...], Tensor]]:
     """On every rank: what was loaded, each with its place in the whole stored tensor."""
-    from llama.checkpoint.layout import specs
+    from llama.checkpoint.table import specs
 
     model = shard(folder, scheme, tensor_split)
     assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -1,7 +1,7 @@
 """Small models with random weights, written as the checkpoints that people have.
 
 Oracles are not ours: models come from transformers, and the way to Meta's layout is written here
-from the published conversion, apart from `llama.checkpoint.layout`.
+from the published conversion, apart from `llama.checkpoint.table`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from sharing import sharing
 from torch.profiler import ProfilerActivity, profile
 from weights import TINY, prepared_weights
 
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.load import cut_model
 from llama.errors import LlamaError
 from llama.parallel.collectives import all_gather, all_reduce
 from llama.parallel.partition import Partition

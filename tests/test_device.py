@@ -8,7 +8,7 @@ import torch
 
 from llama import device as ours
 from llama import env
-from llama.console import is_speaker, notice
+from llama.env import is_speaker, notice
 from llama.errors import DeviceError, LlamaError
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 0)

@@ -10,10 +10,10 @@ from launch import ROOT, Outcome, run_command, run_forked
 from support import DIM, hf_model, sentencepiece_model, write_meta
 
 from llama import Llama
+from llama.adapters.adapter import PromptAdapter
+from llama.adapters.files import write_adapter
 from llama.chat import Llama2Format, alpaca_prompt
 from llama.checkpoint.source import open_checkpoint
-from llama.finetuning.adapter_files import write_adapter
-from llama.finetuning.adapters import PromptAdapter
 
 pytestmark = pytest.mark.slow
 

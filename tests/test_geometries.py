@@ -8,9 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from llama.config import ModelArgs, RopeScaling
+from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry
 from llama.errors import LlamaError
-from llama.geometries import ALIASES, GEOMETRIES, geometry
 from llama.parallel.partition import Partition
 
 # As Hugging Face's model cards and safetensors indices count them (tied tables once).

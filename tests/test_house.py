@@ -7,37 +7,39 @@ from pathlib import Path
 
 import pytest
 
-# What each part of llama/ may import, by the part's first name; a part may always import itself.
-BASE = {"errors", "env", "console", "config"}
-MODEL = BASE | {"rope", "lean", "attention", "cache", "kernels", "parallel", "device", "noise", "lengths"}
-TEXT = {"errors", "tokenizer"}
+# What each part of llama/ may import, by the part's first name; a part may always import itself. A part stands below
+# all that may import it, so that no two can import each other.
+BASE = {"errors", "env", "config"}
+MODEL = BASE | {"rope", "lean", "attention", "cache", "kernels", "parallel", "device", "noise"}
+CHECKPOINT = MODEL | {"model", "copies", "offload", "quantization"}
+TEXT = {"errors", "tokenizer", "chat", "data"}
 ALLOWED = {
     "errors": set(),
     "env": {"errors"},
-    "console": {"env"},
-    "config": {"errors", "console"},
-    "geometries": {"errors", "config"},
-    "rope": {"config", "lean", "kernels"},
-    "lean": set(),
-    "attention": {"lean"},
-    "cache": {"attention"},
+    "config": {"errors", "env"},
     "noise": set(),
-    "lengths": set(),
     "device": {"env", "errors"},
-    "kernels": {"errors", "env", "console"},
-    "parallel": {"errors", "env", "console", "config", "kernels"},
+    "lean": set(),
+    "kernels": {"errors", "env"},
+    "parallel": BASE | {"kernels", "device"},
+    "rope": {"config", "lean", "kernels"},
+    "attention": set(),
+    "cache": {"attention"},
     "model": MODEL,
-    "quantization": MODEL | {"model"},
     "copies": {"errors"},
     "offload": {"errors", "copies", "model"},
-    # Text only for what carries the tokenizer and the chat template along: conversion and export.
-    "checkpoint": MODEL | {"model", "quantization", "offload", "geometries", "tokenizer", "chat"},
+    "quantization": MODEL | {"model"},
     "tokenizer": {"errors"},
-    "chat": TEXT,
-    "data": TEXT | {"chat", "console"},
-    # The files that PEFT shares with us are read and written with the checkpoint's table and readers.
-    "finetuning": MODEL | {"model", "quantization", "offload", "checkpoint", "tokenizer", "data"},
-    "generation": MODEL | {"model", "quantization", "offload", "checkpoint", "tokenizer", "chat", "data", "finetuning"},
+    "chat": {"errors", "tokenizer"},
+    "data": {"errors", "env", "tokenizer", "chat"},
+    # Of texts only what a checkpoint carries along: its tokenizer.
+    "checkpoint": CHECKPOINT | {"tokenizer"},
+    "plan": CHECKPOINT | {"checkpoint"},
+    "export": CHECKPOINT | {"checkpoint", "tokenizer", "chat"},
+    "adapters": CHECKPOINT | {"checkpoint"},
+    "runtime": CHECKPOINT | {"checkpoint", "plan", "tokenizer"},
+    "generation": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
+    "finetuning": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
     "cli": BASE | {"parallel"},
     "download": {"errors", "config", "cli"},
 }
@@ -72,6 +74,13 @@ def test_imports_point_one_way(root: Path) -> None:
             continue
         strangers = imported_parts(path) - ALLOWED[part] - {part}
         assert not strangers, f"{path.relative_to(root)} imports {strangers}"
+
+
+def test_the_rule_has_no_circle() -> None:
+    below: set[str] = set()
+    for part, others in ALLOWED.items():
+        assert others <= below, f"{part} may import {others - below}, which stand above it"
+        below.add(part)
 
 
 def test_the_rule_knows_every_part(root: Path) -> None:

@@ -36,7 +36,7 @@ import time
 import torch
 from llama import env
 from llama.cli import run
-from llama.console import notice
+from llama.env import notice
 from llama.parallel import groups
 
 def main(slow: int) -> None:
@@ -89,9 +89,9 @@ def test_a_rank_killed_while_generating(ckpt: Path, victim: int) -> None:
 # Has the ranks share memory, as large models do.
 SHARING = """
 from example import main
-from llama.checkpoint import opening
+from llama import runtime
 from llama.cli import run
-from llama.console import notice
+from llama.env import notice
 from llama.parallel import groups
 
 def share(self):
@@ -99,7 +99,7 @@ def share(self):
     notice("memory is shared" if ranks.segment is not None else "memory is not shared")
     return ranks
 
-opening.Opened.prepare_kernels = share
+runtime.Opened.prepare_kernels = share
 run(main)
 """
 

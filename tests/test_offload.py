@@ -13,9 +13,9 @@ from offloading import HALF, N_LAYERS, loaded, streaming, write_deep
 from support import DIM
 from torch import Tensor
 
+from llama.adapters.lora import add_lora
 from llama.copies import Copies
 from llama.errors import UsageError
-from llama.finetuning.lora import add_lora
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.model import Transformer

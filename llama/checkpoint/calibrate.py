@@ -16,7 +16,7 @@ from llama.checkpoint.load import settle_tie
 from llama.checkpoint.quantize import Quantized
 from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint
-from llama.console import notice
+from llama.env import notice
 from llama.errors import QuantizationError
 from llama.kernels.formats import Form, dequantize
 from llama.model import Transformer, TransformerBlock

@@ -18,15 +18,15 @@ import torch
 
 from llama.checkpoint import manifest
 from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_file, partial_folder
-from llama.checkpoint.hf_config import generation_config, hf_config
 from llama.checkpoint.hf_weights import Place, checkpoint_rows, describe, pour, tensor_bytes, write_weights
-from llama.checkpoint.layout import Spec
-from llama.checkpoint.single import beside
+from llama.checkpoint.params import generation_config, hf_config
+from llama.checkpoint.scratch import beside
 from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint, shares_output
 from llama.checkpoint.split import describe_source, split_checkpoint, with_output
+from llama.checkpoint.table import Spec
 from llama.checkpoint.write import PthWriter
 from llama.config import read_json
-from llama.console import notice
+from llama.env import notice
 from llama.errors import CheckpointError, TokenizerError, UsageError
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, locate_tokenizer
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llama.checkpoint import manifest
-from llama.checkpoint.single import beside
+from llama.checkpoint.scratch import beside
 from llama.checkpoint.source import PARTIAL
-from llama.console import notice
+from llama.env import notice
 from llama.errors import CheckpointError
 
 # Room beside the tensors: archive directories, manifest, tokenizer (of which a GGUF vocabulary with merges has 10 MB).

@@ -16,12 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama.checkpoint import manifest
-from llama.checkpoint.layout import Spec
 from llama.checkpoint.rows import row_chunks
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.split import wait
+from llama.checkpoint.table import Spec
 from llama.checkpoint.write import SafetensorsWriter, Writer
-from llama.console import is_speaker
+from llama.env import is_speaker
 
 STEM = "model"
 # Below this a progress bar would only flicker.

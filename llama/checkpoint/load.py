@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from llama.checkpoint.layout import SCALES, WEIGHT, Spec, specs
 from llama.checkpoint.rows import quantized_chunks
 from llama.checkpoint.source import Checkpoint, shares_output
+from llama.checkpoint.table import SCALES, WEIGHT, Spec, specs
 from llama.config import ModelArgs
-from llama.console import is_speaker
+from llama.env import is_speaker
 from llama.errors import CheckpointError
 from llama.kernels.pages import prefer_huge_pages
 from llama.model import Transformer
@@ -62,6 +63,23 @@ def load_model(
     materialise(model, ranks.device)
     _fill(model, checkpoint, specs(args, scheme))
     return model.eval()
+
+
+def cut_model(
+    args: ModelArgs, scheme: Scheme | None, n_ranks: int, tensor_split: str | Sequence[float] | None = None
+) -> Partition:
+    """The cut of a model across `n_ranks`, between the groups of a quantized one.
+
+    Raises:
+        PartitionError: for more ranks than the model can serve.
+        QuantizationError: where groups do not divide the model's rows, or attention cannot be cut between them.
+    """
+    if scheme is None:
+        return Partition.create(args, n_ranks, tensor_split)
+    scheme.check(args)
+    partition = Partition.create(args, n_ranks, tensor_split, scheme.block)
+    check_cuts(args, scheme, partition)
+    return partition
 
 
 def check_cuts(args: ModelArgs, scheme: Scheme, partition: Partition) -> None:

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from llama.checkpoint import manifest
 from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_folder
-from llama.checkpoint.layout import SCALES, WEIGHT, specs
 from llama.checkpoint.load import settle_tie
 from llama.checkpoint.params import to_params
 from llama.checkpoint.rows import quantized_chunks, row_chunks
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.split import Layout, describe_source, layout_bytes, wait, with_output
+from llama.checkpoint.table import SCALES, WEIGHT, specs
 from llama.checkpoint.write import PthWriter
 from llama.quantization.scheme import Scheme
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.files import Index, StoredTensor, read_header
-from llama.checkpoint.layout import Spec, is_ignored, specs
-from llama.checkpoint.single import geometry_of
+from llama.checkpoint.scratch import geometry_of
+from llama.checkpoint.table import Spec, is_ignored, specs
 from llama.config import ModelArgs, read_json
 from llama.errors import CheckpointError, QuantizationError
 from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme

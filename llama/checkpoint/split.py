@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from llama.checkpoint import manifest
 from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_folder
-from llama.checkpoint.layout import Spec, specs
 from llama.checkpoint.params import to_params
 from llama.checkpoint.rows import row_chunks
 from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from llama.checkpoint.table import Spec, specs
 from llama.checkpoint.write import PthWriter
 from llama.errors import CheckpointError, PartitionError
 from llama.parallel.partition import Partition, weighted_ranges

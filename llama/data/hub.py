@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-from llama import console
+from llama.env import is_speaker
 from llama.errors import DataError
 
 SPLIT = "train"
@@ -61,7 +61,7 @@ def _quiet(library: ModuleType) -> Iterator[None]:
     """Leave the talking to our one line, and progress to one rank."""
     level, bars = library.logging.get_verbosity(), library.is_progress_bar_enabled()
     library.logging.set_verbosity(library.logging.CRITICAL)
-    if not console.is_speaker():
+    if not is_speaker():
         library.disable_progress_bars()
     try:
         yield

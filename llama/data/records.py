@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from llama.console import notice
 from llama.data.hub import read_hub_records
 from llama.data.json_files import Found, kind, place, read_json_records
+from llama.env import notice
 from llama.errors import DataError
 
 FIELDS = ("instruction", "input", "output")

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from llama.download.checklist import BLOCK_BYTES, Progress
-from llama.download.disk import check_space
+from llama.download.transfer import check_space
 from llama.errors import DownloadError
 
 # Where licences are accepted, also by those who download from a mirror.

@@ -13,7 +13,7 @@ class Published:
     """Where one model is published.
 
     Args:
-        name: what we call it, as in `llama.geometries` with the tuning at the end.
+        name: what we call it, as in `llama.config` with the tuning at the end.
         repo: the hub's repository in Hugging Face's layout.
         original_repo: the one with Meta's layout; the same one, but for Llama 2.
         folder: of Meta's server.

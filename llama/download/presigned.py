@@ -17,9 +17,8 @@ from tqdm import tqdm
 from llama.config import read_json
 from llama.download import checklist
 from llama.download.checklist import Progress
-from llama.download.disk import check_space
 from llama.download.models import Published
-from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience
+from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience, check_space
 from llama.errors import CheckpointError, DownloadError
 
 LIST, TOKENIZER_LIST = checklist.NAMES

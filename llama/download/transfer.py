@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -364,3 +365,20 @@ class _Partial:
         """Give the file its name, now that it is whole."""
         self._file.flush()
         self.path.replace(target)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse what the disk has no room for.
+
+    Raises:
+        DownloadError: naming both sizes.
+    """
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DownloadError(
+            f"{needed / 1e9:.2f} GB are missing, but {place} has {free / 1e9:.2f} GB free: "
+            "choose another --output_dir or make room"
+        )

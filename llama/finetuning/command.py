@@ -12,27 +12,25 @@ from typing import Any
 import torch
 
 from llama import env
-from llama.checkpoint.check import check_fit
-from llama.checkpoint.opening import Opened, open_model, shown
+from llama.adapters.adapter import resolve_targets
+from llama.adapters.lora import add_lora
 from llama.checkpoint.source import Checkpoint
-from llama.console import is_speaker, notice
 from llama.data.batches import split_eval
 from llama.data.examples import Encoded, Example, encode_records
 from llama.data.records import digest, read_records
+from llama.env import is_speaker, notice
 from llama.errors import UsageError
-from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt, initial_embeddings
 from llama.finetuning.run_folder import RunFolder
-from llama.finetuning.settings import TrainSettings
-from llama.finetuning.speed import checkpoint_blocks, compile_blocks
+from llama.finetuning.settings import TrainSettings, workload
 from llama.finetuning.step import Tuning
-from llama.finetuning.targets import resolve_targets
-from llama.finetuning.trainer import Trainer
-from llama.finetuning.workload import workload
+from llama.finetuning.trainer import Trainer, checkpoint_blocks, compile_blocks
 from llama.model import Transformer
 from llama.offload import check_offload, offload_of
 from llama.parallel import groups
-from llama.quantization.asked import Asked
+from llama.plan.advice import check_fit
+from llama.quantization.scheme import Asked
+from llama.runtime import Opened, open_model, shown
 
 ROOT = Path(__file__).parent.parent.parent
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"

@@ -20,11 +20,11 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers import Trainer as TransformersTrainer
 from transformers.utils import logging as hf_logging
 
-from llama.console import notice
-from llama.finetuning.gradients import gradient_norm
+from llama.env import notice
 from llama.finetuning.logs import RunLog
 from llama.finetuning.step import Stepper, StepResult, n_targets
 from llama.finetuning.trainer import Trainer
+from llama.parallel.trained import gradient_norm
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 

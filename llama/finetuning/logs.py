@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from llama.checkpoint.folders import replace_text
-from llama.console import notice
+from llama.env import notice
 
 METRICS, PICTURE, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
 # Lines that a run prints where no bar can be drawn.
 N_LINES = 10
+# Steps over which the drawn training loss is averaged, as a part of the run.
+SMOOTHING = 0.03
 
 
 class RunLog:
@@ -77,11 +79,9 @@ class RunLog:
         if self._board is not None:
             self._try(TENSORBOARD, self._board.close)
         try:
-            from llama.finetuning.picture import draw
+            self._try(PICTURE, lambda: draw(self.lines, self.folder / PICTURE))
         except ImportError:
             notice(f'{PICTURE} is not drawn: it needs matplotlib (pip install "llama-shards[plots]")')
-            return
-        self._try(PICTURE, lambda: draw(self.lines, self.folder / PICTURE))
 
     def _try(self, name: str, write: Callable[[], object]) -> None:
         """Write what is there to look at; a full disk is no reason to lose a run, and its checkpoints tell of it."""
@@ -139,3 +139,43 @@ def _left(lines: list[dict[str, Any]], n_steps: int) -> str:
     recent = [line["seconds"] for line in lines[-50:] if "seconds" in line]
     seconds = round((n_steps - lines[-1]["step"]) * sum(recent) / len(recent))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+# -- the picture -----------------------------------------------------------------------------------
+
+
+def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the losses in the lines of `metrics.jsonl` into a PNG file.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import matplotlib  # an optional package, which takes a second to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    if training:
+        steps, losses = zip(*training, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axes.plot(steps, smooth(losses), color="tab:blue", label="train")
+    if evaluation:
+        steps, losses = zip(*evaluation, strict=True)
+        axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="eval")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if training or evaluation:
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Means over a window that looks back, shorter at the start."""
+    width = max(1, round(SMOOTHING * len(values)))
+    return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]

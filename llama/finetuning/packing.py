@@ -2,7 +2,7 @@
 
 All tokens of a batch stand in one row: the soft prompt, then what every example begins with (a template's opening
 words), then what many of them begin with (each template's own words), then the rest of each example. Linears
-and norms see that row. Attention alone is done stretch by stretch (`llama.finetuning.packed`): a stretch sees its
+and norms see that row. Attention alone is done stretch by stretch (`llama.finetuning.packing`): a stretch sees its
 own tokens causally, and all of the shared stretches before it.
 """
 
@@ -11,12 +11,175 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from llama.data.examples import Example, n_common
-from llama.finetuning.packed import Packed, Span, Stretch
-from llama.lengths import round_up
+from llama.kernels.products import round_up
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring tokens that see one another causally: what examples share, or the rest of an example.
+
+    Args:
+        start, stop: place in the row.
+        before: places of the stretches that it sees whole, in the order of their positions.
+    """
+
+    start: int
+    stop: int
+    before: tuple[Span, ...] = ()
+
+    @property
+    def seen(self) -> tuple[Span, ...]:
+        """All that its tokens see, its own last."""
+        return (*self.before, (self.start, self.stop))
+
+    def bias(self, n_repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What is added to the scores: [n_repeats * T, C + T], 0 where a query sees an entry, else minus infinity."""
+        width = self.stop - self.start
+        own = torch.full((width, width), float("-inf"), dtype=dtype, device=device).triu(1)
+        before = own.new_zeros(width, sum(stop - start for start, stop in self.before))
+        return torch.cat((before, own), dim=1).repeat(n_repeats, 1)
+
+
+@dataclass
+class Packed:
+    """A batch in one row; a `llama.attention.Context` of one forward pass and its backward.
+
+    Args:
+        tokens: ids behind the soft prompt, [1, N - P] int64.
+        positions: [1, N] int64; every example's begin at 0 with the soft prompt.
+        stretches: in the order of the row, of which they cover all but some padding at its end.
+        supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
+        targets: those next tokens, [M] int64.
+        weights: how many examples learn each of them, [M] float32; 0 for padding.
+        keys: of every place, [N] int64: a hash of its text up to there, the same in whatever batch it stands.
+        n_real: tokens that the plain computation would have without padding: every example's own, the virtual
+            ones not counted.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    stretches: tuple[Stretch, ...]
+    supervised: Tensor
+    targets: Tensor
+    weights: Tensor
+    keys: Tensor
+    n_real: int
+    _biases: list[Tensor] = field(default_factory=list)
+
+    @property
+    def n_targets(self) -> float:
+        """Tokens that are learnt, as often as examples learn them."""
+        return float(self.weights.sum())
+
+    @property
+    def n_computed(self) -> int:
+        """Tokens that pass through the model, virtual ones and padding included."""
+        return self.positions.shape[1]
+
+    @property
+    def padding(self) -> float:
+        """The part of padding in what is computed."""
+        return 1 - self.stretches[-1].stop / self.n_computed
+
+    def mask(self, positions: Tensor) -> Tensor | None:
+        """No mask serves all tokens: every stretch has its own."""
+        return None
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], stretch by stretch."""
+        if not self._biases:  # the same in every layer
+            repeats = q.shape[2] // k.shape[2]
+            self._biases += [stretch.bias(repeats, q.dtype, q.device) for stretch in self.stretches]
+        return _Attention.apply(q[0], k[0], v[0], self.stretches, self._biases).unsqueeze(0)
+
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention of all stretches as products of matrices.
+
+    Torch's fused kernel has a backward that takes four times as long on a CPU, and autograd over many small pieces
+    costs as much again. As there, the softmax is computed again in the backward and not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, stretches: Sequence[Stretch], biases: Sequence[Tensor]
+    ) -> Tensor:
+        n_groups = k.shape[1]
+        queries, keys, values = _by_group(q, n_groups), _by_group(k, n_groups), _by_group(v, n_groups)
+        ctx.save_for_backward(queries, keys, values)
+        ctx.stretches, ctx.biases = stretches, biases
+        out = torch.zeros_like(queries)
+        for stretch, bias in zip(stretches, biases, strict=True):
+            weights = _weights(_own(queries, stretch), _seen(keys, stretch), bias)
+            _put(out, stretch, torch.bmm(weights, _seen(values, stretch)))
+        return _by_token(out).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values = ctx.saved_tensors
+        slopes = _by_group(grads[0].unflatten(1, (-1, queries.shape[-1])), keys.shape[0])
+        q_slope = torch.zeros_like(queries)
+        # What is shared is added to by every example: in float32 at least.
+        wide = torch.promote_types(keys.dtype, torch.float32)
+        k_slope, v_slope = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
+        scale = queries.shape[-1] ** -0.5
+        for stretch, bias in zip(ctx.stretches, ctx.biases, strict=True):
+            q, k, v = _own(queries, stretch), _seen(keys, stretch), _seen(values, stretch)
+            slope, weights = _own(slopes, stretch), _weights(q, k, bias)
+            _add(v_slope, stretch, torch.bmm(weights.transpose(1, 2), slope))
+            score_slope = torch._softmax_backward_data(torch.bmm(slope, v.transpose(1, 2)), weights, -1, q.dtype)
+            _put(q_slope, stretch, torch.bmm(score_slope, k).mul_(scale))
+            _add(k_slope, stretch, torch.bmm(score_slope.transpose(1, 2), q).mul_(scale))
+        of_tokens = (_by_token(x).to(grads[0].dtype) for x in (q_slope, k_slope, v_slope))
+        return *of_tokens, None, None
+
+
+def _by_group(x: Tensor, n_groups: int) -> Tensor:
+    """[N, K * R, D] to [K, R, N, D]."""
+    return x.unflatten(1, (n_groups, -1)).permute(1, 2, 0, 3).contiguous()
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """[K, R, N, D] to [N, K * R, D]."""
+    return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _own(x: Tensor, stretch: Stretch) -> Tensor:
+    """A stretch's rows of [K, R, N, D], all queries of a KV head in one matrix: [K, R * T, D]."""
+    return x[:, :, stretch.start : stretch.stop].flatten(1, 2)
+
+
+def _put(x: Tensor, stretch: Stretch, values: Tensor) -> None:
+    """The way back of `_own`."""
+    x[:, :, stretch.start : stretch.stop] = values.unflatten(1, (x.shape[1], -1))
+
+
+def _seen(x: Tensor, stretch: Stretch) -> Tensor:
+    """What a stretch sees of [K, 1, N, D]: [K, C + T, D]."""
+    parts = [x[:, 0, start:stop] for start, stop in stretch.seen]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _add(x: Tensor, stretch: Stretch, values: Tensor) -> None:
+    """The way back of `_seen`, adding."""
+    lengths = [stop - start for start, stop in stretch.seen]
+    for (start, stop), part in zip(stretch.seen, values.split(lengths, dim=1), strict=True):
+        x[:, 0, start:stop] += part
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """The softmax over what is seen: [K, R * T, C + T]."""
+    return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
+
 
 # A template's own words are worth an attention call of their own from so many tokens on.
 SHORTEST_STEM = 8

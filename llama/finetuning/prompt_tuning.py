@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from llama.adapters.adapter import PromptAdapter
 from llama.errors import UsageError
-from llama.finetuning.adapters import PromptAdapter
-from llama.finetuning.trained import Trained
 from llama.model import Transformer
+from llama.parallel.trained import Trained
 from llama.tokenizer import Tokenizer
 
 

@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.adapters.adapter import Adapter
+from llama.adapters.files import read_adapter, write_adapter
 from llama.checkpoint.folders import partial_folder, replace_text
 from llama.checkpoint.source import PARTIAL
 from llama.config import ModelArgs, read_json
 from llama.errors import CheckpointError, TrainingError
-from llama.finetuning.adapter_files import read_adapter, write_adapter
-from llama.finetuning.adapters import Adapter
 
 RUN_FILE, STATE_FILE, BEST = "run.json", "state.pt", "best"
 FORMAT = "llama-shards-run/1"

@@ -15,20 +15,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama.adapters.adapter import Adapter
 from llama.data.batches import shard
 from llama.data.examples import Example
 from llama.device import sum_dtype
 from llama.errors import TrainingError
-from llama.finetuning.adapters import Adapter
-from llama.finetuning.gradients import clip, gradient_norm, settle
 from llama.finetuning.loss import cross_entropy
-from llama.finetuning.packed import Packed
-from llama.finetuning.packing import pack
-from llama.finetuning.trained import Trained
+from llama.finetuning.packing import Packed, pack
 from llama.model import Transformer
 from llama.parallel import store
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
+from llama.parallel.trained import Trained, clip, gradient_norm, settle
 
 # float16's smallest normal number is 6e-5: gradients are scaled up before they meet it (arXiv:1710.03740).
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from llama.console import is_speaker
 from llama.data.batches import Order
 from llama.data.examples import Example
 from llama.device import peak_memory
+from llama.env import is_speaker
 from llama.errors import TrainingError
 from llama.finetuning.logs import RunLog
 from llama.finetuning.run_folder import RunFolder, TrainState
 from llama.finetuning.settings import TrainSettings
 from llama.finetuning.step import Stepper, StepResult, Tuning, check_same_batch
 from llama.model import Transformer
+from llama.offload import is_offloaded
 from llama.parallel import groups
 
 # How often ranks of one model compare what they are about to learn from.
@@ -210,3 +213,24 @@ def make_optimizer(tuning: Tuning, settings: TrainSettings) -> torch.optim.AdamW
     """AdamW (arXiv:1711.05101) over what is trained."""
     parameters = [tensor.parameter for tensor in tuning.trained]
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+
+
+def checkpoint_blocks(model: Transformer) -> None:
+    """Keep only each block's input for the backward, and compute the rest of it again there (arXiv:1604.06174).
+
+    Costs a second forward pass and its collectives. Blocks that are offloaded do so by themselves.
+    """
+    for block in model.layers:
+        if is_offloaded(block):
+            continue
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model: Transformer) -> None:
+    """Compile each block's FFN and norms, of which one graph serves every length and every layer.
+
+    Attention is left as it is: how many groups of examples it sees changes from step to step.
+    """
+    for block in model.layers:
+        for name in ("feed_forward", "attention_norm", "ffn_norm"):
+            block.get_submodule(name).compile(dynamic=True)

@@ -10,9 +10,9 @@ from typing import Any
 
 from llama.chat import Dialog
 from llama.checkpoint.folders import replace_text
-from llama.console import is_speaker, notice
 from llama.data.records import Record
 from llama.data.templates import find_template
+from llama.env import is_speaker, notice
 from llama.errors import LlamaError
 from llama.generation.llama import Completion, Llama, StreamedToken
 from llama.generation.tasks import Settings, Tasks

@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 
+from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter
+from llama.adapters.lora import load_lora
+from llama.adapters.soft_prompt import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
 from llama.cache import KVCache
 from llama.chat import REFUSAL, ChatFormat, Dialog
 from llama.chat import chat_format as choose_format
-from llama.checkpoint.activations import Workload
-from llama.checkpoint.check import check_fit
-from llama.checkpoint.opening import open_model
-from llama.console import notice
 from llama.device import peak_memory
+from llama.env import notice
 from llama.errors import LlamaError
-from llama.finetuning.adapters import Adapter, LoraAdapter, PromptAdapter
-from llama.finetuning.lora import load_lora
-from llama.generation.adapted import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
 from llama.generation.engine import Engine, FinishReason, Request
 from llama.generation.sampling import Sampling
 from llama.generation.steps import Compile, settle_mode
@@ -30,8 +27,10 @@ from llama.generation.stops import TextWatch
 from llama.model import Transformer
 from llama.offload import check_offload, offload_of
 from llama.parallel import groups
-from llama.quantization.asked import Asked
-from llama.quantization.scheme import Scheme
+from llama.plan.advice import check_fit
+from llama.plan.inference import Workload
+from llama.quantization.scheme import Asked, Scheme
+from llama.runtime import open_model
 from llama.tokenizer import Tokenizer
 
 Stop = str | int | Sequence[str | int] | None
@@ -162,7 +161,7 @@ class Llama:
             plan: whether to check first that the model fits into memory; a `Workload` says what is going to
                 be run, where that is less than `max_batch_size` and `max_seq_len` allow.
             adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
-                `llama.finetuning.adapter_files.read_adapter`. A soft prompt stands before BOS, runs once,
+                `llama.adapters.files.read_adapter`. A soft prompt stands before BOS, runs once,
                 here, and does not count for `max_seq_len`.
             quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
                 checkpoint holds.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import CacheView, KVCache
-from llama.console import notice
+from llama.env import notice
 from llama.errors import UsageError
 from llama.kernels.build import compiler
 from llama.model import Transformer

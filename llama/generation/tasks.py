@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llama.chat import Dialog, alpaca_prompt
-from llama.checkpoint.activations import Workload
 from llama.data.templates import FORMATS
 from llama.errors import LlamaError, UsageError
 from llama.generation.sampling import Sampling
+from llama.plan.inference import Workload
 from llama.tokenizer.texts import read_text
 
 # The bundled model was trained for these; see ckpts/tiny/README.md.

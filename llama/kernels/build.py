@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from llama.console import notice
+from llama.env import notice
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 # Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.

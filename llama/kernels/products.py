@@ -22,6 +22,11 @@ FEW_ROWS = 16
 # Rows of a matrix that are widened at a time, few enough to stay in a cache until they are multiplied: of up to
 # LONG columns, and of more. oneDNN takes twice as long for some other numbers of rows, such as 512 (docs/speed.md).
 LONG, PIECE, LONG_PIECE = 4096, 1024, 256
+# Steps between a power of two and the next: a library of matrix products writes code for each length that it meets,
+# and keeps only so much of it.
+LENGTH_STEPS = 24
+# A smaller shard decodes in a few milliseconds a token as it is.
+WORTH_BUILDING_BYTES = 256 << 20
 
 _loaded = False
 
@@ -38,6 +43,22 @@ def enable() -> bool:
 def is_enabled() -> bool:
     """Whether the kernels are in use."""
     return _loaded
+
+
+def serve(dtype: torch.dtype, has_integers: bool) -> bool:
+    """Whether there are kernels for a model computed in `dtype`, or one that has integers for weights."""
+    return has_integers or dtype == torch.bfloat16
+
+
+def worth_building(n_bytes: int) -> bool:
+    """Whether a shard of so many bytes is large enough for kernels to gain more than building them takes."""
+    return n_bytes >= WORTH_BUILDING_BYTES
+
+
+def round_up(length: int) -> int:
+    """The next length that is used: at most 1 / LENGTH_STEPS more."""
+    step = max(1, 2 ** (length.bit_length() - 1) // LENGTH_STEPS)
+    return step * -(-length // step)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

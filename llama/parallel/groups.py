@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from llama import env
-from llama.console import notice
+from llama.env import notice
 from llama.errors import LlamaError, PartitionError
 from llama.kernels import shared
 from llama.parallel import store

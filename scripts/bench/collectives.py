@@ -37,16 +37,16 @@ from report import Report, beginning, beginning_lines, give_out, sizes
 from weights import model_args
 
 from llama import env
-from llama.checkpoint.plan import NAMES, show_bytes
 from llama.cli import run
 from llama.config import ModelArgs
-from llama.console import notice
+from llama.env import notice
 from llama.errors import LlamaError
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import check_writable
 from llama.model import Transformer
 from llama.parallel.partition import Partition
+from llama.plan.advice import NAMES, show_bytes
 
 # -- counting --------------------------------------------------------------------------------------
 

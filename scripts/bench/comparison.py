@@ -13,9 +13,9 @@ import llamacpp
 from peers import Prompts, Running, Setup, Timing
 from weights import Weights
 
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.load import cut_model
 from llama.config import ModelArgs
-from llama.console import notice
+from llama.env import notice
 from llama.errors import LlamaError
 from llama.kernels.formats import KINDS
 from llama.quantization.scheme import Scheme

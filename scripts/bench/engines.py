@@ -20,11 +20,12 @@ class Ours:
 
     def load(self, setup: Setup) -> None:
         """Open the checkpoint and read this rank's shard, quantizing where that is wanted, as `Llama.build` does."""
-        from llama.checkpoint.opening import Opened, cut_model
+        from llama.checkpoint.load import cut_model
         from llama.checkpoint.source import open_checkpoint
         from llama.generation.engine import Engine
         from llama.generation.steps import settle_mode
         from llama.parallel import groups
+        from llama.runtime import Opened
 
         checkpoint, device, dtype = open_checkpoint(setup.folder), choose_device(setup.device), DTYPES[setup.dtype]
         vocab_size, mode = checkpoint.args.vocab_size, settle_mode(setup.compile)

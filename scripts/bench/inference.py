@@ -32,7 +32,6 @@ from scaling import BATCH, check_scaling, lines, measure_scaling
 from weights import Weights, model_args, prepared_weights
 
 from llama import env
-from llama.checkpoint.plan import NAMES
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.config import ModelArgs
@@ -40,6 +39,7 @@ from llama.device import DTYPES, choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError
 from llama.generation.steps import settle_mode
 from llama.generation.tasks import check_writable
+from llama.plan.advice import NAMES
 
 
 @dataclass(frozen=True)

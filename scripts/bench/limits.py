@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from peers import synchronize
 
-from llama.checkpoint.layout import specs
+from llama.checkpoint.table import specs
 from llama.config import ModelArgs
 from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from peers import Prompts, Setup, Timing
 
-from llama.checkpoint.gguf import export_gguf
 from llama.checkpoint.source import open_checkpoint
-from llama.console import notice
+from llama.env import notice
 from llama.errors import LlamaError
+from llama.export.gguf import export_gguf
 from llama.tokenizer.base import TextStream, Tokenizer
 from llama.tokenizer.vocabulary import Kind, Vocabulary
 

@@ -26,22 +26,23 @@ from report import Report, beginning, give_out
 from weights import model_args
 
 from llama import env
-from llama.checkpoint.activations import Workload
-from llama.checkpoint.memory import Memory
-from llama.checkpoint.opening import cut_model, kernels_pay
-from llama.checkpoint.plan import GB, Planner, Setting
+from llama.checkpoint.load import cut_model
 from llama.cli import run
 from llama.config import ModelArgs
-from llama.console import notice
 from llama.device import set_threads
+from llama.env import notice
 from llama.errors import LlamaError
 from llama.generation.engine import Engine, Request
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import check_writable
+from llama.kernels import products
 from llama.kernels.products import enable
 from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import FFN_BLOCK, Partition
+from llama.plan.advice import GB, Planner, Setting
+from llama.plan.inference import Workload
+from llama.plan.memory import Memory
 from llama.quantization.scheme import Scheme
 
 
@@ -131,7 +132,7 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
     set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
     scheme = case.scheme(group_size)
     partition = cut_model(args, scheme, case.world_size)
-    if kernels_pay(partition, DTYPE.itemsize):
+    if products.worth_building(partition.rank_params(0) * DTYPE.itemsize):
         enable()
     ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
     return {

@@ -6,7 +6,7 @@ The JSON file is one object:
     model           name, n_params (a tied table once), args (every field of ModelArgs)
     settings        tokens (of a sequence, prompt and completion), group_size (of int4)
     cases           a list: world_size, batch_size, precision, limit_bytes and ancestor_bytes (of a rank, or null),
-                    planned_bytes (what `llama.checkpoint.plan` says of the fullest rank), and
+                    planned_bytes (what `llama.plan.advice` says of the fullest rank), and
         ranks       one entry for each size of shard: rank (the first that has it), weights, cache, and what prefill and
                     decode take beyond them, all in bytes; total (the fuller of the two with weights and cache)
     split           tensor_split, batch_size, precision, ranks (bytes of weights and cache of each), shares (of the sum,
@@ -22,7 +22,7 @@ from typing import Any
 import charts
 from report import Report, beginning_lines
 
-from llama.checkpoint.plan import GB, show_bytes
+from llama.plan.advice import GB, show_bytes
 
 COLUMNS = ("weights", "cache", "prefill", "decode", "total")
 BESIDE = ("planned", "limit", "ancestor")

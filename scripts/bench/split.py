@@ -25,13 +25,13 @@ import torch
 from report import machine, now, write_json
 from tqdm import tqdm
 
-from llama.checkpoint.layout import specs
 from llama.checkpoint.params import to_params
+from llama.checkpoint.table import specs
 from llama.checkpoint.write import PthWriter
 from llama.cli import run
 from llama.config import ModelArgs
+from llama.config import geometry as published_geometry
 from llama.errors import LlamaError
-from llama.geometries import geometry as published_geometry
 
 TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
 RANDOM_BYTES = 16 << 20

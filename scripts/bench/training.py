@@ -28,16 +28,16 @@ from training_report import Measured, build_report, chart, table
 from weights import model_args, prepared_weights
 
 from llama import env
-from llama.checkpoint.plan import NAMES
 from llama.cli import run
 from llama.config import ModelArgs
-from llama.console import notice
 from llama.data.batches import Order
 from llama.data.examples import Example, encode_records
 from llama.data.records import read_records
 from llama.device import choose_dtype, set_threads
+from llama.env import notice
 from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
+from llama.plan.advice import NAMES
 from llama.tokenizer import load_tokenizer
 
 # What Alpaca's two templates take in Llama's tokenizer: words that all share, then those of either.

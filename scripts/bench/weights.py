@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama.checkpoint.hf_config import hf_config
 from llama.checkpoint.hf_weights import Rows, checkpoint_rows, tensor_bytes, write_weights
-from llama.checkpoint.layout import Spec, specs
-from llama.checkpoint.plan import NAMES
+from llama.checkpoint.params import hf_config
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import Spec, specs
 from llama.config import ModelArgs
-from llama.console import notice
+from llama.config import geometry as published_geometry
+from llama.env import notice
 from llama.errors import LlamaError
-from llama.geometries import geometry as published_geometry
+from llama.plan.advice import NAMES
 
 PIECE_ELEMENTS = 16 << 20
 # The bundled model's, for trying the benchmark itself.

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from llama.checkpoint import calibrate
 from llama.checkpoint.calibrate import FEWEST, LENGTH, MOST, calibrated, read_calibration
-from llama.checkpoint.layout import specs
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import specs
 from llama.errors import LlamaError, QuantizationError
 from llama.kernels.formats import dequantize, quantize
 from llama.quantization.scheme import Scheme

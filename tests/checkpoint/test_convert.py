@@ -17,14 +17,14 @@ from support import hf_model, meta_state, sentencepiece_model, write_hf, write_m
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama import geometries
+from llama import config
 from llama.checkpoint import manifest
 from llama.checkpoint.convert import convert, parse_size
 from llama.checkpoint.files import StoredTensor
-from llama.checkpoint.layout import specs
 from llama.checkpoint.load import load_model
-from llama.checkpoint.single import beside, geometry_of
+from llama.checkpoint.scratch import beside, geometry_of
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import specs
 from llama.config import ModelArgs
 from llama.errors import LlamaError
 from llama.parallel import groups
@@ -197,7 +197,7 @@ def args_of(model: LlamaForCausalLM, folder: Path) -> ModelArgs:
 @pytest.mark.parametrize("generation", ["2", "3.2"])
 def test_a_single_file_runs_by_its_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str) -> None:
     model = hf_model(generation)
-    monkeypatch.setitem(geometries.GEOMETRIES, "llama-3.2-toy", args_of(model, tmp_path / "hf"))
+    monkeypatch.setitem(config.GEOMETRIES, "llama-3.2-toy", args_of(model, tmp_path / "hf"))
     # Older versions of its model save computed tables too.
     tables = {"cos": torch.ones(8, 4), "trf_blocks.0.att.mask": torch.ones(8, 8, dtype=torch.bool)}
     file = tmp_path / "model.pth"
@@ -211,7 +211,7 @@ def test_a_single_file_runs_by_its_shapes(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def shapes_of(name: str) -> dict[str, StoredTensor]:
-    args = geometries.GEOMETRIES[name]
+    args = config.GEOMETRIES[name]
     return {
         spec.scratch_name: StoredTensor(Path("x"), torch.bfloat16, spec.shape, (), 0) for spec in specs(args).values()
     }
@@ -233,7 +233,7 @@ def shapes_of(name: str) -> dict[str, StoredTensor]:
     ],
 )
 def test_the_geometry_is_found_by_shapes_and_name(tmp_path: Path, shapes: str, path: str, expected: str) -> None:
-    assert geometry_of(tmp_path / path, shapes_of(shapes)) == geometries.GEOMETRIES[expected]
+    assert geometry_of(tmp_path / path, shapes_of(shapes)) == config.GEOMETRIES[expected]
 
 
 @pytest.mark.parametrize("name", ["model.pth", "llama-4-8b.pth", "llama3.2-8b.pth"])

@@ -138,10 +138,10 @@ MEASURE = """
 import json, sys, threading, time
 import psutil, torch
 from llama.checkpoint.load import load_model
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.load import cut_model
 from llama.checkpoint.source import open_checkpoint
 from llama.parallel.groups import Ranks
-from llama.quantization.asked import Asked
+from llama.quantization.scheme import Asked
 
 folder, rank, world_size, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), getattr(torch, sys.argv[4])
 torch.set_num_threads(1)
@@ -169,7 +169,7 @@ print(json.dumps({"growth": max(peak, resident().rss) - before, "shard": shard})
 @pytest.fixture(scope="module")
 def big_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The same model in one file and in two, embedding cut by features."""
-    from llama.checkpoint.layout import specs
+    from llama.checkpoint.table import specs
     from llama.config import ModelArgs
 
     folders = {n: tmp_path_factory.mktemp(f"big{n}") for n in (1, 2)}

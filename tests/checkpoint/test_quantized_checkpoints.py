@@ -28,15 +28,15 @@ from support import meta_state, sentencepiece_model, write_hf, write_meta
 from torch import Tensor
 
 from llama import config
+from llama.adapters.adapter import LoraAdapter
+from llama.adapters.fold import merge_adapter
 from llama.checkpoint import files, folders, manifest, rows
 from llama.checkpoint.convert import convert
-from llama.checkpoint.gguf import export_gguf
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.split import split
 from llama.errors import CheckpointError, LlamaError, QuantizationError
-from llama.finetuning.adapters import LoraAdapter
-from llama.finetuning.merge import merge_adapter
+from llama.export.gguf import export_gguf
 from llama.kernels.formats import quantize
 from llama.quantization.scheme import Scheme
 from llama.tokenizer import load_tokenizer

@@ -1,8 +1,8 @@
 import pytest
 
+from llama.config import GEOMETRIES
 from llama.download.models import MODELS, find, find_size
 from llama.errors import DownloadError
-from llama.geometries import GEOMETRIES
 
 
 def test_every_geometry_that_is_published_can_be_downloaded() -> None:

@@ -12,12 +12,12 @@ from offloading import HALF, N_LAYERS, loaded, write_deep
 from support import DIM
 from tuning_support import batch_of
 
+from llama.adapters.lora import add_lora
 from llama.errors import UsageError
 from llama.finetuning.command import train
-from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
-from llama.finetuning.speed import checkpoint_blocks
 from llama.finetuning.step import Stepper
+from llama.finetuning.trainer import checkpoint_blocks
 
 WORLD_SIZES = (1, 2, 3, 4)
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")

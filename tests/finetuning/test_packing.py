@@ -17,7 +17,7 @@ from llama.data.examples import Example
 from llama.finetuning.packing import pack
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
-from llama.lengths import round_up
+from llama.kernels.products import round_up
 from llama.model import Transformer
 
 CPU = torch.device("cpu")

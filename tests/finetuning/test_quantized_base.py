@@ -14,11 +14,11 @@ from support import meta_state, write_meta
 from torch import Tensor
 from tuning_support import batch_of
 
+from llama.adapters.lora import add_lora
 from llama.errors import AdapterError
-from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
-from llama.finetuning.speed import checkpoint_blocks, compile_blocks
 from llama.finetuning.step import Stepper
+from llama.finetuning.trainer import checkpoint_blocks, compile_blocks
 from llama.quantization.scheme import Scheme
 
 N_STEPS = 4

@@ -8,10 +8,10 @@ import torch
 from support import DIM, hf_model
 from tuning_support import batch_of, peft_loss, peft_prompt, peft_twin, sharded, write_model
 
+from llama.adapters.lora import add_lora
 from llama.data.batches import Order
 from llama.data.examples import Example
 from llama.errors import TrainingError
-from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import GROWTH_STEPS, LossScale, Stepper, check_same_batch
 

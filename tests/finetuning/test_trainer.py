@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from support import DIM
 from tuning_support import batch_of, claimed, sharded, write_model
 
+from llama.adapters.lora import add_lora
 from llama.errors import LlamaError, TrainingError
-from llama.finetuning import picture
+from llama.finetuning import logs
 from llama.finetuning.logs import RunLog
-from llama.finetuning.lora import add_lora
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.run_folder import RunFolder
 from llama.finetuning.settings import TrainSettings
@@ -195,7 +195,7 @@ def test_a_log_that_cannot_be_written_stops_no_run(
 
     for name in ("_append", "_plot"):
         monkeypatch.setattr(RunLog, name, full)
-    monkeypatch.setattr(picture, "draw", full)
+    monkeypatch.setattr(logs, "draw", full)
     trainer(model_folder, tmp_path / "saved", max_steps=2).run()
     assert weights(tmp_path / "saved")
     told = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
@@ -280,7 +280,7 @@ def test_a_damaged_checkpoint_is_named(done: tuple[Trainer, Path], tmp_path: Pat
 
 
 def test_activation_checkpointing_changes_no_bit(model_folder: Path, tmp_path: Path) -> None:
-    from llama.finetuning.speed import checkpoint_blocks
+    from llama.finetuning.trainer import checkpoint_blocks
 
     plain = trainer(model_folder, tmp_path / "plain", "lora", max_steps=3)
     plain.run()

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llama.checkpoint.load import load_model
 from llama.checkpoint.source import open_checkpoint
-from llama.console import is_speaker
 from llama.data.examples import Example
+from llama.env import is_speaker
 from llama.finetuning.run_folder import RunFolder
 from llama.model import Transformer
 from llama.parallel import groups

@@ -14,12 +14,11 @@ from ranks import RankPools
 from support import meta_state, sentencepiece_model, write_meta
 
 from llama import Llama
+from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.errors import QuantizationError
-from llama.finetuning.adapters import Adapter, LoraAdapter, PromptAdapter
-from llama.quantization.asked import Asked
-from llama.quantization.scheme import Scheme
+from llama.quantization.scheme import Asked, Scheme
 
 PROMPTS = [[1, 5, 9], [1], [1, *range(40, 110)], [1, 30]]
 SCHEMES = {"int8": INT8, "int4": INT4}

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama.errors import QuantizationError
-from llama.quantization.asked import Asked, settle
-from llama.quantization.scheme import Scheme
+from llama.quantization.scheme import Asked, Scheme, settle
 
 HERE = Path("ckpts/7B-int4")
 STORED = Scheme.create("int4", 64, calibrated=True)

@@ -28,8 +28,7 @@ from torch import Tensor
 
 from llama import config
 from llama.checkpoint import files, rows
-from llama.checkpoint.load import load_model, materialise
-from llama.checkpoint.opening import cut_model
+from llama.checkpoint.load import cut_model, load_model, materialise
 from llama.checkpoint.source import open_checkpoint
 from llama.config import ModelArgs
 from llama.errors import QuantizationError

@@ -1,0 +1,117 @@
+"""Fold a LoRA into the weights of a checkpoint, as they are read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter, check_fits
+from llama.checkpoint.convert import convert_checkpoint, parse_size
+from llama.checkpoint.files import Index
+from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from llama.errors import AdapterError
+
+
+def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """W + scaling * B A, in float32 or what is wider: [out, in], [r, in] and [out, r] to [out, in]."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
+
+
+@dataclass(frozen=True)
+class FoldedTensor(SourceTensor):
+    """A stored tensor that is read with its update; of the sum, nothing is rounded before it is stored.
+
+    Args:
+        a, b: [r, in_features] and [out_features, r], in Meta's row order.
+        scaling: of the update.
+        stored_as: the dtype that it announces; None for the file's own.
+    """
+
+    a: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    b: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
+    scaling: float = 0.0
+    stored_as: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is to be stored in."""
+        return self.stored_as or super().dtype
+
+    def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
+        """See `SourceTensor.read`; the values are wide, whatever the dtype."""
+        for where, values in super().read(index):
+            rows, columns = (
+                slice(whole.start + part.start, whole.start + part.stop)
+                for whole, part in zip(index, where, strict=True)
+            )
+            yield where, fold(values, self.a[:, columns], self.b[rows], self.scaling)
+
+
+def with_adapter(
+    checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora", dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """The checkpoint as it reads with a LoRA folded in, a piece at a time; nothing is held or written.
+
+    Args:
+        checkpoint: open.
+        adapter: made for its model.
+        name: of the adapter, for the manifest of what is written.
+        dtype: what the tensors will be converted to, so that they are rounded once; None for their own.
+
+    Raises:
+        AdapterError: when the adapter was made for another model.
+        QuantizationError: when the checkpoint is quantized.
+    """
+    checkpoint.require_numbers("folding an adapter in")
+    check_fits(adapter, checkpoint.args)
+    tensors = dict(checkpoint.tensors)
+    for linear, (a, b) in adapter.weights.items():
+        tensor = tensors[f"{linear}.weight"]
+        tensors[tensor.spec.name] = FoldedTensor(
+            tensor.spec, tensor.pieces, tensor.dim, tensor.head_rows, a, b, adapter.scaling, dtype
+        )
+    return dataclasses.replace(checkpoint, tensors=tensors, adapter=name)
+
+
+def merge_adapter(
+    ckpt_dir: str | Path,
+    adapter: Adapter,
+    name: str,
+    output: str | Path,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+    tokenizer_path: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Write a checkpoint with a LoRA folded in, streamed as `convert` streams it.
+
+    Args:
+        ckpt_dir: anything that `open_checkpoint` reads.
+        adapter: a LoRA made for its model.
+        name: of the adapter.
+        output, dtype, max_shard_size, tokenizer_path, force: as in `convert`.
+        to: "hf", "meta" or "single"; None for the layout that the checkpoint has.
+
+    Returns:
+        What was written.
+
+    Raises:
+        LlamaError: before anything is written, or with everything that was written removed; an
+            AdapterError for a soft prompt, which is no part of any weight.
+    """
+    max_bytes = parse_size(max_shard_size)
+    checkpoint = open_checkpoint(ckpt_dir)
+    if isinstance(adapter, PromptAdapter):
+        raise AdapterError(
+            f"{name} is a soft prompt, which cannot be folded into weights: write it out with "
+            "scripts/export_gguf.py --adapter, or run it with --tuning_ckpt_path"
+        )
+    folded = with_adapter(checkpoint, adapter, name, dtype)
+    return convert_checkpoint(folded, to or checkpoint.format, output, dtype, max_bytes, tokenizer_path, force)

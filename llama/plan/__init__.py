@@ -1,0 +1,1 @@
+"""Memory that a run needs, memory that is there, and what would fit."""

@@ -1,0 +1,148 @@
+"""What a run needs on every rank, item by item, and whether it is there.
+
+A `Plan` is made of `Item`s a rank, so that what training, quantization or offload add or change is another item
+or another size. Weights, cache and what is trained are exact; activations are those of
+`llama.plan.inference` and `llama.plan.training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from llama.checkpoint.table import specs
+from llama.offload import N_BUFFERS, piece_bytes
+from llama.parallel.partition import Partition
+from llama.plan.inference import Kernels, Workload, activation_bytes
+from llama.plan.memory import Pool
+from llama.plan.training import Training, training_bytes
+from llama.quantization.scheme import Scheme
+
+# What must be held whatever is run; activations depend on how full the run is.
+LASTING = ("weights", "buffers", "KV cache", "offloaded")
+PASSING = ("activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that takes memory on a rank, in bytes: of its device, or `in_host`, of the main memory beside."""
+
+    name: str
+    nbytes: int
+    in_host: bool = False
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """All that one rank needs."""
+
+    rank: int
+    items: tuple[Item, ...]
+
+    def total(self, names: Sequence[str] | None = None, in_host: bool = False) -> int:
+        """Bytes of the items of these names, None for all, on the device or else in main memory."""
+        named = (item for item in self.items if names is None or item.name in names)
+        return sum(item.nbytes for item in named if item.in_host == in_host)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What may be chosen for a run.
+
+    Args:
+        n_ranks: ranks of the model.
+        work: prompts at a time and tokens of each, or what is trained on.
+        dtype: of weights, cache and stream.
+        tensor_split: weights of the ranks, as a person writes them; None for equal shards.
+        scheme: which weights are held as integers; None for none.
+        offload_layers: layers whose weights stay in main memory.
+    """
+
+    n_ranks: int
+    work: Workload
+    dtype: torch.dtype
+    tensor_split: str | None = None
+    scheme: Scheme | None = None
+    offload_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the ranks need beside what is there."""
+
+    setting: Setting
+    ranks: tuple[RankPlan, ...]
+    pools: tuple[Pool, ...]
+
+    def excess(self, pool: Pool, names: Sequence[str] | None = None) -> int:
+        """Bytes that the ranks of a pool need beyond what it has; below zero where there is room."""
+        return sum(self.ranks[rank].total(names, pool.is_host) for rank in pool.ranks) - pool.nbytes
+
+    def fits(self, names: Sequence[str] | None = None) -> bool:
+        """Whether the items of these names (None: all) fit into every pool."""
+        return all(self.excess(pool, names) <= 0 for pool in self.pools)
+
+    def worst(self, names: Sequence[str] | None = None) -> Pool:
+        """The pool that lacks most, or has least to spare."""
+        return max(self.pools, key=lambda pool: self.excess(pool, names))
+
+
+def needed_items(
+    partition: Partition, rank: int, setting: Setting, kernels: Kernels, on_card: bool
+) -> tuple[Item, ...]:
+    """All that `rank` needs.
+
+    Args:
+        partition, rank: what it holds.
+        setting: what is run, and how.
+        kernels: of the device.
+        on_card: whether that has memory of its own, so that offloaded layers lie elsewhere.
+    """
+    args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
+    weights = _weight_items(partition, rank, setting, on_card)
+    if isinstance(work, Training):
+        step = training_bytes(partition, rank, work, kernels, setting.scheme, setting.offload_layers)
+        names = ("trained state", *PASSING)
+        return *weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
+    # A soft prompt is held once for all requests, and again at the start of each slot.
+    entries = 2 * args.n_layers * (work.n_prompts * (work.prefix + work.length) + work.prefix)
+    cache_bytes = entries * len(partition.kv_rows[rank]) * itemsize
+    return (
+        *weights,
+        Item("KV cache", cache_bytes),
+        Item("activations", activation_bytes(partition, rank, work, kernels, setting.scheme)),
+    )
+
+
+def _weight_items(partition: Partition, rank: int, setting: Setting, on_card: bool) -> list[Item]:
+    """Weights on the device; with offload the buffers there, and what is in main memory."""
+    layer, outside = weight_bytes(partition, rank, setting.dtype, setting.scheme)
+    n_offloaded = setting.offload_layers
+    piece = piece_bytes(layer)
+    on_device = (partition.args.n_layers - n_offloaded) * sum(layer) + outside
+    if not n_offloaded:
+        return [Item("weights", on_device)]
+    buffers = Item("buffers", min(N_BUFFERS, n_offloaded) * piece)
+    if on_card:
+        return [Item("weights", on_device), buffers, Item("offloaded", n_offloaded * piece, in_host=True)]
+    return [Item("weights", on_device + n_offloaded * piece), buffers]
+
+
+def weight_bytes(
+    partition: Partition, rank: int, dtype: torch.dtype, scheme: Scheme | None = None
+) -> tuple[list[int], int]:
+    """Of what `rank` holds: the bytes of each tensor of a layer, and of all that lies outside the layers."""
+    args = partition.args
+    layer, outside = [], 0
+    for spec in specs(dataclasses.replace(args, n_layers=1), scheme).values():
+        sizes = [run.stop - run.start for run in spec.own(partition, rank)]
+        nbytes = math.prod(sizes) * (spec.dtype or dtype).itemsize
+        if spec.name.startswith("layers."):
+            layer.append(nbytes)
+        elif not (args.tied and spec.name.startswith("output.")):
+            outside += nbytes
+    return layer, outside
