@@ -28,13 +28,13 @@ NUCLEUS_CANDIDATES = (64, 1024)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Choice of tokens.
 
     Args:
-        temperature: 0 is greedy; logits are divided by it.
-        top_p: keep the most probable tokens until their probabilities sum to it (arXiv:1904.09751).
-        top_k: keep that many tokens, before `top_p`; None for all.
-        seed: of the noise.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the most probable tokens until their probabilities sum to this (arXiv:1904.09751).
+        top_k: keep this many tokens, before top_p.
+        seed: of the sampling; the same text at any number of ranks.
 
     Raises:
         LlamaError: for a value out of range, named.

@@ -83,7 +83,7 @@ class Planner:
         grouped = self.args.group_size > 1 and self.device != "cpu"
         fused = not (grouped and setting.dtype.itemsize >= 4)
         itemsize = setting.dtype.itemsize
-        # Generation with offloaded layers does without; see `llama.generation.steps.settle_mode`.
+        # Generation with offloaded layers does without; see `llama.generation.steps.choose_mode`.
         wanted = isinstance(setting.work, Training) or not setting.offload_layers
         serve = products.serve(setting.dtype, has_integers=setting.scheme is not None)
         serve = serve and products.worth_building(partition.rank_params(0) * itemsize)

@@ -23,12 +23,12 @@ class Ours:
         from llama.checkpoint.load import cut_model
         from llama.checkpoint.source import open_checkpoint
         from llama.generation.engine import Engine
-        from llama.generation.steps import settle_mode
+        from llama.generation.steps import choose_mode
         from llama.parallel import groups
         from llama.runtime import Opened
 
         checkpoint, device, dtype = open_checkpoint(setup.folder), choose_device(setup.device), DTYPES[setup.dtype]
-        vocab_size, mode = checkpoint.args.vocab_size, settle_mode(setup.compile)
+        vocab_size, mode = checkpoint.args.vocab_size, choose_mode(setup.compile)
         partition = cut_model(checkpoint.args, setup.scheme, setup.world_size, setup.tensor_split)
         opened = Opened(checkpoint, Numbered(vocab_size), partition, device, dtype, setup.threads, setup.scheme)
         ranks = groups.start(device)

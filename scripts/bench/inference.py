@@ -37,7 +37,7 @@ from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import DTYPES, choose_device, choose_dtype, set_threads
 from llama.errors import LlamaError
-from llama.generation.steps import settle_mode
+from llama.generation.steps import choose_mode
 from llama.generation.tasks import check_writable
 from llama.plan.advice import NAMES
 
@@ -156,7 +156,7 @@ def main(
         raise LlamaError("--geometry and --ckpt_dir are given together: choose one")
     if threads is not None and threads < 1:
         raise LlamaError(f"threads must be at least 1, is {threads}")
-    settle_mode(compile)
+    choose_mode(compile)
     for path in (output_json, chart):
         check_writable(path)
     geometry = geometry or ("tiny" if quick else "llama-3.2-1b")
