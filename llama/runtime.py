@@ -13,7 +13,7 @@ from llama.checkpoint.load import cut_model, load_model
 from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.device import choose_device, choose_dtype, set_threads
 from llama.env import notice
-from llama.errors import LlamaError, TokenizerError
+from llama.errors import LlamaError, TokenizerError, UsageError
 from llama.kernels import products
 from llama.model import Transformer
 from llama.offload import check_offload
@@ -133,6 +133,19 @@ class Opened:
             f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
         )
+
+
+def model_or_bundled(ckpt_dir: str | None) -> str:
+    """Return the checkpoint that was named, or the bundled one.
+
+    Raises:
+        UsageError: where there is none to fall back on.
+    """
+    if ckpt_dir is not None:
+        return ckpt_dir
+    if not BUNDLED_MODEL.is_dir():
+        raise UsageError("--ckpt_dir must be given: the bundled model comes with the repository, not with the package")
+    return str(BUNDLED_MODEL)
 
 
 def open_model(

@@ -6,11 +6,11 @@ from llama.generation.engine import EngineOptions
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import Output, read_instructions
 from llama.parallel import groups
-from llama.runtime import BUNDLED_MODEL, RunOptions
+from llama.runtime import RunOptions, model_or_bundled
 
 
 def main(
-    ckpt_dir: str = str(BUNDLED_MODEL),
+    ckpt_dir: str | None = None,
     tuning_ckpt_path: str | None = None,
     tokenizer_path: str | None = None,
     instructions: str | None = None,
@@ -40,6 +40,7 @@ def main(
         output_json: write instructions, answers, tokens and log-probabilities to this file.
     """
     with groups.phase("settings"):
+        ckpt_dir = model_or_bundled(ckpt_dir)
         tasks = read_instructions(instructions, instruction_file, input, template, output, ckpt_dir)
     run_tasks(tasks, sampling, output, engine, ckpt_dir, tokenizer_path, options, adapter=tuning_ckpt_path)
 

@@ -6,11 +6,11 @@ from llama.generation.engine import EngineOptions
 from llama.generation.sampling import Sampling
 from llama.generation.tasks import Output, read_tasks
 from llama.parallel import groups
-from llama.runtime import BUNDLED_MODEL, RunOptions
+from llama.runtime import RunOptions, model_or_bundled
 
 
 def main(
-    ckpt_dir: str = str(BUNDLED_MODEL),
+    ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     tuning_ckpt_path: str | None = None,
     prompts: str | None = None,
@@ -36,6 +36,7 @@ def main(
         echo: show the prompt as part of the completion.
     """
     with groups.phase("settings"):
+        ckpt_dir = model_or_bundled(ckpt_dir)
         tasks = read_tasks(prompts, prompt_file, dialogs, output, ckpt_dir, echo)
     run_tasks(
         tasks, sampling, output, engine, ckpt_dir, tokenizer_path, options,

@@ -31,7 +31,7 @@ from llama.model import Transformer
 from llama.offload import offload_of
 from llama.parallel import groups
 from llama.quantization.scheme import Asked
-from llama.runtime import BUNDLED_DATA, BUNDLED_MODEL, Opened, RunOptions, open_model, shown
+from llama.runtime import BUNDLED_DATA, BUNDLED_MODEL, Opened, RunOptions, model_or_bundled, open_model, shown
 
 # A soft prompt starts from the words that open Alpaca's template.
 INIT_TEXT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -131,7 +131,7 @@ def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
         missing = "--dataset" if dataset is None else "--ckpt_dir"
         raise UsageError(f"{missing} must be given too; without both, the bundled model learns the bundled records")
     if ckpt_dir is None or dataset is None:
-        return str(BUNDLED_MODEL), str(BUNDLED_DATA)
+        return model_or_bundled(ckpt_dir), str(BUNDLED_DATA)
     return ckpt_dir, dataset
 
 
