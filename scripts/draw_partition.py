@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama.checkpoint.table import rank_params
 from llama.cli import run
 from llama.config import geometry as published_geometry
 from llama.errors import LlamaError
@@ -36,7 +37,7 @@ SMALLEST_LABEL, SMALLEST_BOX = 0.16, 0.24
 
 def summary(partition: Partition) -> list[list[str]]:
     """What each rank holds, as rows of text under the header of `HEADER`."""
-    total = sum(partition.rank_params(rank) for rank in range(partition.world_size))
+    total = sum(rank_params(partition, rank) for rank in range(partition.world_size))
     return [
         [
             f"rank {rank}",
@@ -44,8 +45,8 @@ def summary(partition: Partition) -> list[list[str]]:
             _run(partition.kv_heads[rank]),
             _run(partition.ffn[rank]),
             _run(partition.vocab[rank]),
-            f"{partition.rank_params(rank) / 1e9:.3f} B",
-            f"{partition.rank_params(rank) / total:.1%}",
+            f"{rank_params(partition, rank) / 1e9:.3f} B",
+            f"{rank_params(partition, rank) / total:.1%}",
         ]
         for rank in range(partition.world_size)
     ]

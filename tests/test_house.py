@@ -43,6 +43,7 @@ ALLOWED = {
     "finetuning": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
     "cli": BASE | {"parallel", "flags"},
     "download": {"errors", "config", "cli"},
+    "__main__": {"env", "errors", "cli"},
 }
 ALLOWED["commands"] = set(ALLOWED)  # they stand on everything
 

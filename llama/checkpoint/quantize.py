@@ -20,7 +20,7 @@ from llama.checkpoint.params import to_params
 from llama.checkpoint.rows import quantized_chunks, row_chunks
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.split import Layout, describe_source, layout_bytes, wait, with_output
-from llama.checkpoint.table import SCALES, WEIGHT, specs
+from llama.checkpoint.table import SCALES, WEIGHT, form_of, specs
 from llama.checkpoint.write import PthWriter
 from llama.quantization.scheme import Scheme
 
@@ -113,7 +113,7 @@ def _write(
 
 def _rounded(checkpoint: Checkpoint, scheme: Scheme, name: str) -> Iterator[dict[str, Tensor]]:
     """The rows of one tensor in order, as they are stored: under its name, and the scales' where it has some."""
-    tensor, form = checkpoint.tensors[name], scheme.form(name, checkpoint.args)
+    tensor, form = checkpoint.tensors[name], form_of(name, checkpoint.args, scheme)
     if form is None:
         yield from ({name: rows} for _, rows in row_chunks(tensor, tensor.dtype))
         return

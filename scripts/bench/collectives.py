@@ -37,6 +37,7 @@ from report import Report, beginning, beginning_lines, give_out, sizes
 from weights import model_args
 
 from llama import env
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.env import notice
@@ -262,7 +263,7 @@ def main(
     add_speedups(runs)
     report = {
         **beginning(torch.device("cpu")),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {
             "dtype": NAMES[DTYPE], "prompt_tokens": prompt_tokens, "context": context, "world_sizes": ranks,
             "batch_sizes": batches, **dataclasses.asdict(machine),

@@ -33,6 +33,7 @@ from weights import Weights, model_args, prepared_weights
 
 from llama import env
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import DTYPES, choose_device, choose_dtype, set_threads
@@ -163,7 +164,7 @@ def main(
     work = Workload.settle(quick, prompt_tokens, new_tokens, repeats, batch_size, seed)
     where = bench_device(device)
     args, stored = announced(geometry, ckpt_dir)
-    compute = NAMES[choose_dtype(dtype, where, stored, args.n_unique_params)]
+    compute = NAMES[choose_dtype(dtype, where, stored, n_unique_params(args))]
     comparison = Comparison.settle(compute, precisions, peers, group_size, where.type)
     comparison.check(args, world_size, tensor_split)  # raises before anything is written
     compute, n_threads = comparison.dtype, set_threads(threads)

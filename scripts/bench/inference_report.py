@@ -42,6 +42,7 @@ from limits import Limits, prefill_flops, read_bytes
 from peers import Running, Timing
 from report import Report, beginning, beginning_lines, cell, spread
 
+from llama.checkpoint.table import n_unique_params
 from llama.device import DTYPES
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def build_report(
         **beginning(device),
         "model": {
             "name": weights.name,
-            "n_params": weights.args.n_unique_params,
+            "n_params": n_unique_params(weights.args),
             "args": dataclasses.asdict(weights.args),
             "layout": weights.layout,
             "read_by": {peer.name: layout(peer.name, weights) for peer in peers},

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from allocations import DTYPE
 
+from llama.checkpoint.table import rank_params
 from llama.errors import LlamaError
 from llama.parallel.partition import Partition
 
@@ -91,7 +92,7 @@ class Machine:
         for rank in range(partition.world_size):
             table = 0 if args.tied else args.dim * len(partition.vocab[rank])
             cached = 2 * args.n_layers * batch_size * context * len(partition.kv_rows[rank])
-            nbytes.append((partition.rank_params(rank) - table + cached) * DTYPE.itemsize)
+            nbytes.append((rank_params(partition, rank) - table + cached) * DTYPE.itemsize)
         return max(nbytes) / self.bandwidth
 
     def prefill_seconds(self, partition: Partition, n_tokens: int) -> float:
@@ -99,7 +100,7 @@ class Machine:
         args = partition.args
         tables = 1 if args.tied else 2
         linears = max(
-            partition.rank_params(rank) - tables * args.dim * len(partition.vocab[rank])
+            rank_params(partition, rank) - tables * args.dim * len(partition.vocab[rank])
             for rank in range(partition.world_size)
         )
         return 2 * linears * n_tokens / self.flops

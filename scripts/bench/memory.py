@@ -27,6 +27,7 @@ from weights import model_args
 
 from llama import env
 from llama.checkpoint.load import cut_model
+from llama.checkpoint.table import n_unique_params, rank_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import set_threads
@@ -132,7 +133,7 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
     set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
     scheme = case.scheme(group_size)
     partition = cut_model(args, scheme, case.world_size)
-    if products.worth_building(partition.rank_params(0) * DTYPE.itemsize):
+    if products.worth_building(rank_params(partition, 0) * DTYPE.itemsize):
         enable()
     ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
     return {
@@ -207,7 +208,7 @@ def main(
     split = split_report(args, tensor_split, cases[-1].batch_size, tokens)
     report = {
         **beginning(torch.device("cpu")),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {"tokens": tokens, "group_size": group_size},
         "cases": [count_case(args, case, tokens, group_size) for case in cases],
         "split": split,

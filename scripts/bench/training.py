@@ -28,6 +28,7 @@ from training_report import Measured, build_report, chart, table
 from weights import model_args, prepared_weights
 
 from llama import env
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.data.batches import Order
@@ -188,7 +189,7 @@ def main(
     max_seq_len = min(max_seq_len, 128) if quick else max_seq_len
     wanted = sizes("batch_sizes", batch_sizes or ("4" if quick else "8,32"))
     where, args = bench_device(device), model_args(geometry)
-    compute = choose_dtype(dtype or ("fp32" if quick else "bf16"), where, torch.bfloat16, args.n_unique_params)
+    compute = choose_dtype(dtype or ("fp32" if quick else "bf16"), where, torch.bfloat16, n_unique_params(args))
     examples = read_examples(args, dataset, tokenizer_path, max_seq_len, seed)
     work = Workload(examples, steps or (3 if quick else 2), rounds, seed)
     generator = torch.Generator().manual_seed(seed)

@@ -36,6 +36,7 @@ from peers import Kind, Loaded, Memory
 from report import Report, beginning, beginning_lines, cell, spread
 from training_peers import Steps, TrainingSetup
 
+from llama.checkpoint.table import n_params, n_unique_params
 from llama.config import ModelArgs
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ def build_report(
     device: torch.device,
 ) -> Report:
     """What the head of this file documents."""
-    flops = 4 * (args.n_params - args.vocab_size * args.dim) / (peak_tflops * 1e12) if peak_tflops else None
+    flops = 4 * (n_params(args) - args.vocab_size * args.dim) / (peak_tflops * 1e12) if peak_tflops else None
     return {
         **beginning(device),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {
             "dtype": setup.dtype, "device": setup.device, "threads": setup.threads,
             "num_virtual_tokens": len(setup.prompt), "max_seq_len": setup.max_seq_len, "lr": setup.lr,

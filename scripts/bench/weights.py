@@ -16,7 +16,7 @@ from torch import Tensor
 from llama.checkpoint.hf_weights import Rows, checkpoint_rows, tensor_bytes, write_weights
 from llama.checkpoint.params import hf_config
 from llama.checkpoint.source import open_checkpoint
-from llama.checkpoint.table import Spec, specs
+from llama.checkpoint.table import Spec, n_unique_params, specs
 from llama.config import ModelArgs
 from llama.config import geometry as published_geometry
 from llama.env import notice
@@ -112,7 +112,7 @@ def prepared_weights(
         args = model_args(geometry)
         with _folder(keep_dir, args) as (folder, is_new):
             if is_new:
-                notice(f"writing {args.n_unique_params:,} random parameters, {NAMES[dtype]}")
+                notice(f"writing {n_unique_params(args):,} random parameters, {NAMES[dtype]}")
                 write_hf(folder, args, dtype, random_rows(seed))
             yield Weights(geometry, "random", args, str(folder), str(folder))
         return

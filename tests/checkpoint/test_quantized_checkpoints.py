@@ -35,6 +35,7 @@ from llama.checkpoint.convert import convert
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.split import split
+from llama.checkpoint.table import form_of
 from llama.errors import CheckpointError, LlamaError, QuantizationError
 from llama.export.gguf import export_gguf
 from llama.kernels.formats import quantize
@@ -74,7 +75,7 @@ def test_files_hold_integers_and_scales(original: Path, written: dict[str, Path]
     folder, scheme, args = written[name], SCHEMES[name], open_checkpoint(original).args
     expected = {}
     for tensor, weight in meta_state(wide_model()).items():
-        form = scheme.form(tensor, args)
+        form = form_of(tensor, args, scheme)
         if form is None:
             expected[tensor] = weight.bfloat16()
         else:
