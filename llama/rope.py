@@ -8,9 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from llama import lean
 from llama.config import ModelArgs, RopeScaling
-from llama.kernels import block
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
@@ -41,15 +39,3 @@ def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines at `positions` [B, T]: two tensors [B, T, 1, D/2] in float32."""
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
-
-
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
-    cos, sin = table
-    if block.serves(x) and cos.dtype == torch.float32:
-        return block.turn_pairs(x, cos, sin)
-    if not torch.compiler.is_compiling():
-        return lean.turn_pairs(x, cos, sin)
-    even, odd = lean.widened(x).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)

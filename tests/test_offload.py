@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from offloading import HALF, N_LAYERS, loaded, streaming, write_deep
-from support import DIM
+from support import DIM, gather_logits
 from torch import Tensor
 
 from llama.adapters.lora import add_lora
@@ -38,7 +38,7 @@ def inferred(folder: Path, n_offloaded: int, kind: str | None, split: str | None
     """Logits of a text, and tokens chosen after three prompts, one of which waits for a slot."""
     model = loaded(folder, n_offloaded, kind, split)
     with torch.no_grad():
-        logits = model.gather_logits(model(torch.arange(1, 25).view(2, 12)))
+        logits = gather_logits(model, model(torch.arange(1, 25).view(2, 12)))
     requests = [Request(n, [1, 5 + n, 9], 8, Sampling(temperature=0), noise_index=n) for n in range(3)]
     events = list(Engine(model, model.args.vocab_size).run(requests, max_batch_size=2))
     return logits, [event.token or 0 for event in events]

@@ -63,14 +63,14 @@ def round_up(length: int) -> int:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x W^T`: x [..., K] and weight [N, K] to [..., N]."""
-    if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not _has_gradient(x, weight):
+    if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not has_gradient(x, weight):
         return torch.ops.llama_shards.bf16_row(x, weight)
     return F.linear(x, weight)
 
 
 def packed_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     """`x W^T` where W is held as integers: x [..., K] to [..., N]; see `llama.kernels.formats`."""
-    if _has_gradient(x):
+    if has_gradient(x):
         return _PackedLinear.apply(x, packed, scales)
     if _loaded and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
         kernel = (
@@ -109,7 +109,8 @@ def _is_one_row(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() == x.shape[-1]
 
 
-def _has_gradient(*tensors: Tensor) -> bool:
+def has_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd would follow an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft_lora import ALL, as_ours, gradients, halves, peft_model
 from ranks import RankPools
-from support import VOCAB, hf_model, write_meta
+from support import VOCAB, gather_logits, hf_model, write_meta
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,7 +50,7 @@ def base(tmp_path: Path, generation: str = "2") -> Path:
 
 def logits_of(model: Transformer) -> Tensor:
     with torch.no_grad():
-        return model.gather_logits(model(TOKENS))
+        return gather_logits(model, model(TOKENS))
 
 
 def close(found: Tensor, expected: Tensor, rel: float) -> None:
@@ -75,7 +75,7 @@ def trained_once(
         settle([trained], trained.ranks, Ranks())
     norm = all_reduce(sum(trained.square_sum() for trained in lora.trained), model.ranks).sqrt().item()
     whole = {trained.name: trained.whole(trained.parameter.grad) for trained in lora.trained}
-    return model.gather_logits(logits.detach()), whole, norm
+    return gather_logits(model, logits.detach()), whole, norm
 
 
 def trained_by_peft(model: PeftModel) -> tuple[Tensor, dict[str, Tensor], float]:
