@@ -25,13 +25,11 @@ class Overlap:
     """How much of the copying was hidden behind other work.
 
     Args:
-        n_copies: copies.
-        n_bytes: bytes of them.
+        n_bytes: bytes that were copied.
         copying: seconds that they took.
         waiting: seconds for which the device stood still until one was done.
     """
 
-    n_copies: int = 0
     n_bytes: int = 0
     copying: float = 0.0
     waiting: float = 0.0
@@ -46,7 +44,7 @@ class Copies:
     """Copies that are done at once: what there is without CUDA.
 
     Attributes:
-        overlap: what was copied; complete after `settle`.
+        overlap: what was copied; complete after `synchronize`.
     """
 
     def __init__(self) -> None:
@@ -58,19 +56,15 @@ class Copies:
         started = time.perf_counter()
         target.copy_(source)
         seconds = time.perf_counter() - started
-        self._count(source)
+        self.overlap.n_bytes += source.nbytes
         self.overlap.copying += seconds
         self.overlap.waiting += seconds
 
     def wait(self, copy: Any) -> None:
         """What is issued from here on finds the copy done."""
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait until all times are known."""
-
-    def _count(self, source: Tensor) -> None:
-        self.overlap.n_copies += 1
-        self.overlap.n_bytes += source.nbytes
 
 
 class StreamedCopies(Copies):
@@ -94,7 +88,7 @@ class StreamedCopies(Copies):
             begun = _mark(self.stream)
             target.copy_(source, non_blocking=True)
             done = _mark(self.stream)
-        self._count(source)
+        self.overlap.n_bytes += source.nbytes
         self._copying.append((begun, done))
         return done
 
@@ -105,10 +99,10 @@ class StreamedCopies(Copies):
         stream.wait_event(copy)
         self._waiting.append((before, _mark(stream)))
         if len(self._waiting) > OUTSTANDING:
-            self.settle()
+            self.synchronize()
 
-    def settle(self) -> None:
-        """See `Copies.settle`."""
+    def synchronize(self) -> None:
+        """See `Copies.synchronize`."""
         torch.cuda.synchronize(self.device)
         self.overlap.copying += _seconds(self._copying)
         self.overlap.waiting += _seconds(self._waiting)

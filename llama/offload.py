@@ -103,18 +103,13 @@ class Offload:
             block.forward = _Streamed(self, place, block.forward)
 
     @property
-    def buffer_bytes(self) -> int:
-        """Bytes on the device."""
-        return sum(buffer.memory.nbytes for buffer in self.buffers)
-
-    @property
     def host_bytes(self) -> int:
         """Bytes in host memory."""
         return sum(home.memory.nbytes for home in self.homes)
 
     def measured(self) -> Overlap:
         """What was copied so far, and how long it was waited for; waits until all of it is done."""
-        self.copies.settle()
+        self.copies.synchronize()
         return self.copies.overlap
 
     def words(self) -> str:
@@ -124,11 +119,6 @@ class Offload:
             f"{n_layers} layer{'' if n_layers == 1 else 's'} offloaded: {seen.n_bytes / 1e9:.2f} GB copied "
             f"in {seen.copying:.2f} s, waited for {seen.waiting:.2f} s ({seen.hidden:.0%} hidden)"
         )
-
-    def forget(self) -> None:
-        """Copy every layer anew: what lies in host memory has changed."""
-        for buffer in self.buffers:
-            buffer.holds = None
 
     def run(self, place: int, forward: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
         """Run the layer at `place` with its tensors on the device."""
@@ -140,7 +130,7 @@ class Offload:
         )  # fmt: skip
 
     def _through(self, place: int, forward: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor:
-        with self.homes[place].replaced(self._take(place).parameters):
+        with self.homes[place].replaced(self._acquire(place).parameters):
             return forward(*args)
 
     @contextlib.contextmanager
@@ -152,7 +142,7 @@ class Offload:
         finally:
             self._backward = False
 
-    def _take(self, place: int) -> _Buffer:
+    def _acquire(self, place: int) -> _Buffer:
         """The buffer with a layer's tensors; the next layer's are on their way into the other from here on.
 
         The other buffer is free: what it served has been issued, and that includes its backward. A layer

@@ -1,4 +1,4 @@
-"""Each op, in every way that it can be computed, against its formula in float64; gradients against finite differences."""
+"""Each op in every way that it can be computed, against its formula in float64; gradients by finite differences."""
 
 from collections.abc import Callable
 

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.adapters.adapter import LoraAdapter, check_fits, linears
-from llama.adapters.fold import fold
 from llama.checkpoint.table import Spec
 from llama.config import ModelArgs
 from llama.errors import AdapterError, UsageError
 from llama.model import Transformer
 from llama.noise import GOLDEN, dropped, mix, noise_key
-from llama.offload import offload_of
 from llama.parallel.collectives import reduce_from_ranks
 from llama.parallel.trained import Trained, own_part
 
@@ -179,24 +177,6 @@ class Lora:
         for name, module in self._modules.items():
             _replace(self._model, name, module.base)
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into this rank's weights, rounded once, and give the model its own linears back.
-
-        Raises:
-            AdapterError: when the weights are quantized; nothing is changed then.
-        """
-        for name, module in self._modules.items():
-            if not module.base.weight.is_floating_point():
-                raise AdapterError(f"{name} is quantized: fold the adapter in before quantizing, or run it unmerged")
-        for module in self._modules.values():
-            weight = module.base.weight
-            a, b = (part.to(weight.device) for part in (module.a, module.b))  # of a layer that is offloaded
-            weight.copy_(fold(weight, a, b, module.scaling))
-        if (offload := offload_of(self._model)) is not None:
-            offload.forget()
-        self.detach()
-
 
 def add_lora(
     model: Transformer,
@@ -276,7 +256,7 @@ def _numbers(args: ModelArgs) -> dict[str, int]:
 def _attach(model: Transformer, frame: LoraAdapter, pairs: Pairs, seed: int) -> Lora:
     """Replace linears one by one, so that only one pair is ever whole."""
     if any(isinstance(module, _LoraLinear) for module in model.modules()):
-        raise AdapterError("the model has a LoRA already: merge it or detach it before the next")
+        raise AdapterError("the model has a LoRA already: detach it before the next")
     model.requires_grad_(False)
     step = torch.zeros((), dtype=torch.int64, device=model.norm.weight.device)
     numbers, specs, modules = _numbers(model.args), linears(model.args), dict[str, _LoraLinear]()

@@ -51,10 +51,6 @@ class Order:
         """Optimiser steps of an epoch."""
         return -(-self.n_examples // (self.batch_size * self.accumulation))
 
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, that a step belongs to."""
-        return step // self.steps_per_epoch
-
     def step_batches(self, step: int) -> list[list[int]]:
         """The batches of optimiser step `step`, counted from 0 over all epochs; none of them is empty."""
         epoch, place = divmod(step, self.steps_per_epoch)

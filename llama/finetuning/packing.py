@@ -61,8 +61,6 @@ class Packed:
         targets: those next tokens, [M] int64.
         weights: how many examples learn each of them, [M] float32; 0 for padding.
         keys: of every place, [N] int64: a hash of its text up to there, the same in whatever batch it stands.
-        n_real: tokens that the plain computation would have without padding: every example's own, the virtual
-            ones not counted.
     """
 
     tokens: Tensor
@@ -72,23 +70,7 @@ class Packed:
     targets: Tensor
     weights: Tensor
     keys: Tensor
-    n_real: int
     _biases: list[Tensor] = field(default_factory=list)
-
-    @property
-    def n_targets(self) -> float:
-        """Tokens that are learnt, as often as examples learn them."""
-        return float(self.weights.sum())
-
-    @property
-    def n_computed(self) -> int:
-        """Tokens that pass through the model, virtual ones and padding included."""
-        return self.positions.shape[1]
-
-    @property
-    def padding(self) -> float:
-        """The part of padding in what is computed."""
-        return 1 - self.stretches[-1].stop / self.n_computed
 
     def mask(self, positions: Tensor) -> Tensor | None:
         """No mask serves all tokens: every stretch has its own."""
@@ -279,5 +261,4 @@ class _Packer:
             targets=torch.tensor(targets, device=device),
             weights=torch.tensor([*learnt.values(), *[0] * n_idle], device=device, dtype=torch.float32),
             keys=torch.tensor([*self.keys, *[0] * n_pad], device=device),
-            n_real=sum(len(example.tokens) for example in self.examples),
         )

@@ -26,7 +26,7 @@ from llama.model import Transformer
 from llama.parallel import store
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
-from llama.parallel.trained import Trained, clip, gradient_norm, settle
+from llama.parallel.trained import Trained, clip, gradient_norm, sum_gradients
 
 # float16's smallest normal number is 6e-5: gradients are scaled up before they meet it (arXiv:1710.03740).
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
@@ -147,7 +147,7 @@ class Stepper:
                 loss.backward()
                 total += loss.detach().to(total.dtype)
         loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
-        settle(self.tuning.trained, self.model.ranks, self.replicas)
+        sum_gradients(self.tuning.trained, self.model.ranks, self.replicas)
         norm = gradient_norm(self.tuning.trained, self.model.ranks) / self.scale.value
         n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
         result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))

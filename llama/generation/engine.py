@@ -27,7 +27,7 @@ from llama.parallel.vocab import log_probs_of
 FinishReason = Literal["stop", "length"]
 
 # Floats of one piece of logits when a whole prompt is scored.
-LOGIT_FLOATS = 16 << 20
+MAX_SCORED_LOGITS = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Engine:
                 row.finished = True
                 events.append(Event(request.index, finish_reason="length"))
             else:
-                events.append(self._take(row, *chosen[number]))
+                events.append(self._append_token(row, *chosen[number]))
         return events
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class Engine:
         ranks, cuts = self.model.ranks, self.model.partition.vocab
         hidden = hidden[:, : targets.shape[1]]
         # Every rank takes pieces of the same size, so that their reductions meet.
-        step = max(1, LOGIT_FLOATS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
+        step = max(1, MAX_SCORED_LOGITS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
         scores = [
             log_probs_of(
                 self.model.logits(hidden[:, at : at + step]),
@@ -256,7 +256,7 @@ class Engine:
             self._ahead = self._start_step(rows, step.tokens_of(rows), cache)
         found = zip(step.rows, _on_host(step.packed), strict=True)
         # A row may have ended after the step was started.
-        events = [self._take(row, *pair) for row, pair in found if not row.finished]
+        events = [self._append_token(row, *pair) for row, pair in found if not row.finished]
         self.stats.decode_tokens += len(events)
         self.stats.decode_seconds += time.perf_counter() - started
         return events
@@ -280,7 +280,7 @@ class Engine:
         batch = Batch.create(ways, logits.device)
         return sample(logits, batch, self.model.partition.vocab, self.n_drawable, self.model.ranks)
 
-    def _take(self, row: _Row, token: int, log_prob: float) -> Event:
+    def _append_token(self, row: _Row, token: int, log_prob: float) -> Event:
         """Give a row its new token; decide whether it ends there."""
         request = row.request
         if token in request.stop_tokens:

@@ -43,7 +43,7 @@ class TextWatch:
         if found and self.cut is None:
             self.cut = min(found)
 
-    def take(self, final: bool = False) -> str:
+    def new_text(self, final: bool = False) -> str:
         """The text that has become certain since the last call; all of it when `final`."""
         if final and not self._flushed:
             self._flushed = True

@@ -165,10 +165,10 @@ struct Fixed {
   std::vector<float> scales;   // [K / 32, and some]
 
   Fixed(const float* x, int64_t n) : bytes(2 * n), start(n / 8), scales(n / BLOCK + 16) {
-    for (int64_t k = 0; k < n; k += BLOCK) take_block(x + k, k);
+    for (int64_t k = 0; k < n; k += BLOCK) round_block(x + k, k);
   }
 
-  void take_block(const float* x, int64_t k) {
+  void round_block(const float* x, int64_t k) {
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < BLOCK; ++j) largest = std::max(largest, std::abs(x[j]));

@@ -82,7 +82,7 @@ class Trained:
         # Each holder of a shared head saw the gradient of its own queries alone.
         return self._spread(self.gradient(), self.cuts[self.ranks.rank].start) if self.overlaps else None
 
-    def take(self, total: Tensor) -> None:
+    def set_gradient(self, total: Tensor) -> None:
         """Set the gradient from the sum of all ranks' addends."""
         self.gradient().copy_(self.part(total))
 
@@ -111,7 +111,7 @@ class Trained:
         return whole
 
 
-def settle(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
+def sum_gradients(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
     """Make every gradient that of the whole model and the whole batch, in one message for each.
 
     Args:
@@ -121,7 +121,7 @@ def settle(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
     """
     addends = [(tensor, addend) for tensor in trained if (addend := tensor.addend()) is not None]
     for (tensor, _), total in zip(addends, _summed([addend for _, addend in addends], ranks), strict=True):
-        tensor.take(total)
+        tensor.set_gradient(total)
     gradients = [tensor.gradient() for tensor in trained]
     for gradient, total in zip(gradients, _summed(gradients, replicas), strict=True):
         gradient.copy_(total)

@@ -10,7 +10,7 @@ from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
 
 # Logits that exist at a time where a loss is computed piece by piece.
-LOGIT_FLOATS = 8 << 20
+MAX_LOSS_LOGITS = 8 << 20
 
 
 def log_sum_exp(logits: Tensor, ranks: Ranks) -> Tensor:
