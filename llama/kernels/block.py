@@ -16,7 +16,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: on the CPU, of one dtype, eagerly and without gradient."""
+    """Return whether the kernels take these tensors: on the CPU, of one dtype, eagerly and without gradient."""
     return (
         is_enabled()
         and not torch.compiler.is_compiling()
