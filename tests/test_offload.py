@@ -127,7 +127,7 @@ def storages(module: torch.nn.Module) -> set[int]:
 
 
 def watched(model: Transformer) -> list[str]:
-    """What happens from here on: "copy 3" when the third offloaded layer is begun to be copied, "run 2"."""
+    """Return a log of all that happens from here on: "copy 3" when the copy of offloaded layer 3 begins, "run 2"."""
     log: list[str] = []
     offload = streaming(model)
 

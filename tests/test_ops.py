@@ -45,7 +45,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def in_the_way(way: str, monkeypatch: pytest.MonkeyPatch, op: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """What `op` returns when it is computed in one of `WAYS`; the first input carries the gradient."""
+    """Compute `op` in one of `WAYS`; the first input carries the gradient."""
     if way == "kernels" and not products.enable():
         pytest.skip("no C++ compiler here")
     monkeypatch.setattr(products, "_loaded", way == "kernels")

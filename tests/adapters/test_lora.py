@@ -166,7 +166,7 @@ def test_dropout_is_the_same_at_every_world_size(
 
 
 def masks(lora: Lora, model: Transformer, step: int, n_rows: int = 6) -> dict[str, Tensor]:
-    """What every linear keeps of [n_rows, in_features]."""
+    """Return the mask that every linear keeps of [n_rows, in_features]."""
     lora.begin_step(step)
     found = {}
     for name in lora.adapter().weights:

@@ -1,4 +1,4 @@
-"""What examples share is computed once; losses and gradients are those of the plain computation."""
+"""Packed batches: shared beginnings are computed once; losses and gradients are those of the plain computation."""
 
 import random
 from typing import Any
