@@ -226,7 +226,7 @@ class Engine:
         return events
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return each target's log-probability: hidden [B, T, E] and targets [B, T or T - 1] to the shape of targets."""
+        """Return each target's log-probability: hidden [B, T, E] and targets [B, T or T - 1] to targets' shape."""
         ranks, cuts = self.model.ranks, self.model.partition.vocab
         hidden = hidden[:, : targets.shape[1]]
         # Pieces have the same size on every rank, so that the ranks make the same collective calls.

@@ -14,7 +14,7 @@ namespace {
                                      AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)  \
                                      AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
-// e^x to within a few units in the last place, written so that compilers make vectors of it; x is held in [-87, 88].
+// e^x to within a few units in the last place, written for compilers to vectorise; x is clamped to [-87, 88].
 inline float fast_exp(float x) {
   const float bounded = std::min(std::max(x, -87.0f), 88.0f);
   const float whole = std::rint(bounded * 1.44269504f);
