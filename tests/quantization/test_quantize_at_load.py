@@ -23,7 +23,7 @@ from quantized_support import (
     wide_model,
     write_state,
 )
-from support import meta_state, write_hf, write_meta
+from support import gather_logits, meta_state, write_hf, write_meta
 from torch import Tensor
 
 from llama import config
@@ -62,7 +62,7 @@ def answers(folder: Path, scheme: Scheme | None, tensor_split: str | None) -> tu
     """Whole logits of a few tokens, and the gradient that reaches a soft prompt before them."""
     model = shard(folder, scheme, tensor_split)
     tokens = torch.arange(40).reshape(2, 20) * 7 % model.args.vocab_size
-    logits = model.gather_logits(model(tokens).detach())
+    logits = gather_logits(model, model(tokens).detach())
     generator = torch.Generator().manual_seed(3)
     prompt = (torch.randn(1, 5, model.args.dim, generator=generator) * 0.1).requires_grad_()
     words = model.tok_embeddings(tokens[:1])
