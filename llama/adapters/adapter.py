@@ -80,7 +80,7 @@ def resolve_targets(text: str) -> tuple[str, ...]:
         Meta's names in the order of the layer.
 
     Raises:
-        UsageError: for a name that no linear has, and for the embedding and the output layer, which LoRA is not offered for.
+        UsageError: for a name that no linear has, or that of the embedding or the output layer.
     """
     ours = {hf: meta for meta, hf in TARGETS.items()} | {meta: meta for meta in TARGETS}
     named: set[str] = set()

@@ -162,7 +162,7 @@ def _prompt_config(adapter: PromptAdapter, args: ModelArgs) -> dict[str, Any]:
         "num_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_transformer_submodules": 1,
-        # With "TEXT" PEFT asks for a tokenizer, which a trained prompt does not need; the text may be kept all the same.
+        # With "TEXT" PEFT asks for a tokenizer, which a trained prompt does not need; the text may be kept.
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": adapter.init_text,
         "tokenizer_name_or_path": None,

@@ -28,7 +28,7 @@ _HARMLESS = frozenset(
     }
 )  # fmt: skip
 _FREE = {
-    # A prompt's initialisation does not matter once the prompt is trained: "TEXT" without a tokenizer loads here, not in PEFT.
+    # A trained prompt's initialisation does not matter: "TEXT" without a tokenizer loads here, not in PEFT.
     PROMPT_TUNING: _HARMLESS
     | {
         "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
