@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,7 @@ from llama.errors import LlamaError
 from llama.generation.perplexity import FEWEST, Scores, read_windows, score
 from llama.quantization.scheme import Scheme
 from llama.tokenizer.texts import windows
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-from perplexity import main
+from scripts.perplexity import main
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "perplexity.py"
 TEXT = " ".join(f"the quick brown fox number {n * n} wab w{chr(97 + n % 26)}" for n in range(150))

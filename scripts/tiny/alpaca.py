@@ -1,10 +1,10 @@
 """Write the data set that prompt tuning teaches the bundled model with: Alpaca records from the tiny corpus.
 
-    python scripts/alpaca_tiny.py                                # the committed files, datasets/alpaca_tiny*.json
-    python scripts/alpaca_tiny.py --out_dir /tmp/alpaca --seed 2      # other records
+    python scripts/tiny/alpaca.py                                # the committed files, datasets/alpaca_tiny*.json
+    python scripts/tiny/alpaca.py --out_dir /tmp/alpaca --seed 2      # other records
 
 `ckpts/tiny` can do these tasks and has never seen Stanford Alpaca's template: without tuning it answers hardly any
-record. Held-out records ask items that neither the model nor the tuning has read (`tiny_corpus.is_held_out`).
+record. Held-out records ask items that neither the model nor the tuning has read (`corpus.is_held_out`).
 """
 
 import json
@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from tiny_corpus import Item, make_item
-
 from llama.cli import run
+from scripts.tiny.corpus import Item, make_item
 
 # Tasks on numbers. The model solves `compare` and `pick` in any wrapping, so that tuning would show nothing, and lists
 # of words are beyond what virtual tokens teach it in a few minutes.

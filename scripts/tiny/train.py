@@ -1,9 +1,9 @@
 """Train the bundled model, `ckpts/tiny`: tokenizer, weights, evaluation and model card.
 
-    python scripts/train_tiny.py                    # the committed model, seed and steps as given below
-    python scripts/train_tiny.py --steps 300 --out_dir /tmp/tiny      # a quick look
+    python scripts/tiny/train.py                    # the committed model, seed and steps as given below
+    python scripts/tiny/train.py --steps 300 --out_dir /tmp/tiny      # a quick look
 
-The text comes from `tiny_corpus.py`. Everything is seeded; another machine or torch version rounds
+The text comes from `corpus.py`. Everything is seeded; another machine or torch version rounds
 differently, so that a second run gives an equally good model, not the same bits. Needs about a gigabyte of
 memory. The command fails when a family of tasks stays under 95 % on items that were held out.
 """
@@ -21,13 +21,13 @@ from typing import TypeVar
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-from tiny_corpus import FAMILIES, PRINTABLE, Document, describe, documents, heldout, tokenizer_lines
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.model import Transformer
+from scripts.tiny.corpus import FAMILIES, PRINTABLE, Document, describe, documents, heldout, tokenizer_lines
 
 T = TypeVar("T")
 
@@ -292,7 +292,7 @@ CARD = """# The bundled model
 
 A Llama of {parameters:,} parameters, small enough to stand in the repository and made so that every documented
 command has something real to run on. It tells short stories and answers {n_families} families of small tasks. It knows
-nothing else: it has read only text that `scripts/tiny_corpus.py` generates, no text and no weights of anyone's.
+nothing else: it has read only text that `scripts/tiny/corpus.py` generates, no text and no weights of anyone's.
 
 | file | |
 |---|---|
@@ -303,7 +303,7 @@ nothing else: it has read only text that `scripts/tiny_corpus.py` generates, no 
 ## What it answers
 
 Right answers under greedy decoding, in per cent of {items} items of each family. None of the items was seen in training
-in any form (`tiny_corpus.is_held_out` decides by a hash), and the forms are mixed as in training:
+in any form (`corpus.is_held_out` decides by a hash), and the forms are mixed as in training:
 
 | family | what it is | right |
 |---|---|---|
@@ -316,7 +316,7 @@ was kept out of training, so that prompt tuning has something to teach.
 
 ## How it was made
 
-`python scripts/train_tiny.py` with the defaults: seed {seed}, {steps:,} steps of {batch_tokens:,} tokens, AdamW
+`python scripts/tiny/train.py` with the defaults: seed {seed}, {steps:,} steps of {batch_tokens:,} tokens, AdamW
 (peak learning rate {lr:g}, cosine), bf16 autocast; whole documents packed into sequences of {lengths}
 tokens. It took {minutes:.0f} minutes on {threads} CPU threads. The same seed gives the same text and
 an equally good model, not the same bits on another machine.
