@@ -1,4 +1,7 @@
-"""The package `scripts`, as a file in this folder finds it that python runs by its path."""
+"""Stand-in for the package `scripts` where python runs a file of this folder by its path.
+
+Python then searches this folder, not the repository's root, and `import scripts` finds this file.
+"""
 
 from pathlib import Path
 
