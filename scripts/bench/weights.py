@@ -1,4 +1,4 @@
-"""Weights that several engines can read, as safetensors: random ones of a geometry, or a checkpoint's."""
+"""Weights for several engines, as safetensors: random ones of a geometry, or those of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from llama.env import notice
 from llama.errors import LlamaError
 from llama.plan.advice import NAMES
 
+DTYPE = torch.bfloat16  # the 16 bit that memory and collectives are counted in
 PIECE_ELEMENTS = 16 << 20
-# The bundled model's, for trying the benchmark itself.
+# The bundled model's geometry, for trying a benchmark.
 TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
 # For fine-tuning on a CPU: GPT-2's width and depth, 109.5 M parameters.
 SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
@@ -32,7 +33,7 @@ UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
 
 
 def random_rows(seed: int) -> Rows:
-    """Normal values of a size that keeps activations near 1, the same for a seed whatever the dtype."""
+    """Return a source of normal values that keep activations near 1; a seed gives the same ones in every dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def rows(spec: Spec) -> Iterator[Tensor]:
@@ -50,17 +51,17 @@ def random_rows(seed: int) -> Rows:
 def write_hf(
     folder: Path, args: ModelArgs, dtype: torch.dtype, rows: Rows, names: Container[str] | None = None
 ) -> Path:
-    """Write `config.json` and `model.safetensors` of a whole model; returns the folder.
+    """Write `config.json` and `model.safetensors` of a whole model; return the folder.
 
     Args:
-        folder: where; made when missing.
+        folder: where they are written; made when missing.
         args: the geometry.
-        dtype: what is stored.
-        rows: gives the values of each tensor, in Hugging Face's row order.
+        dtype: of the stored tensors.
+        rows: the source of each tensor's values, in Hugging Face's row order.
         names: Meta's names of the tensors to write; None for all, without a tied output layer.
 
     Raises:
-        LlamaError: when the disk has too little room, with both numbers.
+        LlamaError: where the disk has too little room, with both numbers.
     """
     if names is None:
         names = set(specs(args)) - ({"output.weight"} if args.tied else set())
@@ -80,7 +81,7 @@ def write_hf(
     return folder
 
 
-# -- of a run ---------------------------------------------------------------------------------------
+# -- a run's weights ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Weights:
         name: the geometry or the checkpoint's folder.
         layout: "random", "meta" or "hf".
         args: the geometry.
-        ours, hf: the folders that we and transformers read.
-        ours_layout: the layout of ours.
+        ours, hf: the folders that our engine and transformers read.
+        ours_layout: the layout in the folder `ours`.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Weights:
 def prepared_weights(
     geometry: str, ckpt_dir: str | None, dtype: torch.dtype, keep_dir: str | None, seed: int
 ) -> Iterator[Weights]:
-    """The weights of a run; what had to be written for it is deleted afterwards, unless it is kept."""
+    """Yield the weights of a run; files written for the run are deleted afterwards, unless `keep_dir` keeps them."""
     if ckpt_dir is None:
         args = model_args(geometry)
         with _folder(keep_dir, args) as (folder, is_new):
@@ -129,17 +130,17 @@ def prepared_weights(
 
 
 def model_args(name: str) -> ModelArgs:
-    """A published geometry, or one of `UNPUBLISHED`."""
+    """Return a published geometry, or one of `UNPUBLISHED`."""
     return UNPUBLISHED.get(name) or published_geometry(name)
 
 
 @contextlib.contextmanager
 def _folder(keep_dir: str | None, args: ModelArgs) -> Iterator[tuple[Path, bool]]:
-    """A folder to write to and whether it is still empty: one to keep, or one that is deleted in the end."""
+    """Yield a folder to write to, and whether it is still empty: `keep_dir`, or a folder that is deleted in the end."""
     if keep_dir is not None:
         folder = Path(keep_dir)
         is_new = not (folder / "model.safetensors").exists()
-        # A width can be written in several ways: the file's way decides.
+        # A config can write the same width in several ways: the file's way decides.
         if not is_new and hf_config(open_checkpoint(folder).args, torch.float32) != hf_config(args, torch.float32):
             raise LlamaError(f"{folder} holds another model: name an empty folder with --keep_dir")
         yield folder, is_new

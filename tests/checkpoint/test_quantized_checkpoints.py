@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,
@@ -41,6 +40,7 @@ from llama.export.gguf import export_gguf
 from llama.kernels.formats import quantize
 from llama.quantization.scheme import Scheme
 from llama.tokenizer import load_tokenizer
+from scripts.bench.counters import peak_bytes
 
 OnRanks = Callable[..., list]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,
@@ -38,6 +37,7 @@ from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import peak_bytes
 
 OnRanks = Callable[..., list]
 
