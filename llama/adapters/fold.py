@@ -13,7 +13,8 @@ from torch import Tensor
 from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter, check_fits
 from llama.checkpoint.convert import convert_checkpoint, parse_size
 from llama.checkpoint.files import Index
-from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from llama.checkpoint.rows import SourceTensor
+from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.errors import AdapterError
 
 
@@ -30,18 +31,11 @@ class FoldedTensor(SourceTensor):
     Args:
         a, b: [r, in_features] and [out_features, r], in Meta's row order.
         scaling: of the update.
-        stored_as: the dtype that it announces; None for the file's own.
     """
 
     a: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
     b: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
     scaling: float = 0.0
-    stored_as: torch.dtype | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it is to be stored in."""
-        return self.stored_as or super().dtype
 
     def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
         """See `SourceTensor.read`; the values are wide, whatever the dtype."""
@@ -53,16 +47,13 @@ class FoldedTensor(SourceTensor):
             yield where, fold(values, self.a[:, columns], self.b[rows], self.scaling)
 
 
-def with_adapter(
-    checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora", dtype: torch.dtype | None = None
-) -> Checkpoint:
+def with_adapter(checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora") -> Checkpoint:
     """The checkpoint as it reads with a LoRA folded in, a piece at a time; nothing is held or written.
 
     Args:
         checkpoint: open.
         adapter: made for its model.
         name: of the adapter, for the manifest of what is written.
-        dtype: what the tensors will be converted to, so that they are rounded once; None for their own.
 
     Raises:
         AdapterError: when the adapter was made for another model.
@@ -74,7 +65,7 @@ def with_adapter(
     for linear, (a, b) in adapter.weights.items():
         tensor = tensors[f"{linear}.weight"]
         tensors[tensor.spec.name] = FoldedTensor(
-            tensor.spec, tensor.pieces, tensor.dim, tensor.head_rows, a, b, adapter.scaling, dtype
+            tensor.spec, tensor.pieces, tensor.dim, tensor.head_rows, a, b, adapter.scaling
         )
     return dataclasses.replace(checkpoint, tensors=tensors, adapter=name)
 
@@ -113,5 +104,5 @@ def merge_adapter(
             f"{name} is a soft prompt, which cannot be folded into weights: write it out with "
             "scripts/export_gguf.py --adapter, or run it with --tuning_ckpt_path"
         )
-    folded = with_adapter(checkpoint, adapter, name, dtype)
+    folded = with_adapter(checkpoint, adapter, name)
     return convert_checkpoint(folded, to or checkpoint.format, output, dtype, max_bytes, tokenizer_path, force)

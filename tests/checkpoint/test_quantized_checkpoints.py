@@ -228,7 +228,7 @@ class Nowhere:
 
 
 def test_memory_is_a_few_rows(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama.checkpoint.quantize.PthWriter", Nowhere)
+    monkeypatch.setattr("llama.checkpoint.save.PthWriter", Nowhere)
     monkeypatch.setattr(rows, "CHUNK_BYTES", 64 << 10)
     monkeypatch.setattr(files, "PIECE_BYTES", 64 << 10)
     checkpoint = open_checkpoint(original)
