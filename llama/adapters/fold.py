@@ -24,22 +24,29 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoldedTensor(SourceTensor):
-    """A stored tensor that is read with its update; of the sum, nothing is rounded before it is stored.
+    """A tensor that is read with its update; the sum is rounded once, to the dtype that it is read into.
 
     Args:
+        stored: the tensor without the update.
         a, b: [r, in_features] and [out_features, r], in Meta's row order.
         scaling: of the update.
     """
 
-    a: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
-    b: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
-    scaling: float = 0.0
+    stored: SourceTensor
+    a: Tensor = field(repr=False)
+    b: Tensor = field(repr=False)
+    scaling: float
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the tensor without the update."""
+        return self.stored.dtype
 
     def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
         """See `SourceTensor.read`; the values are wide, whatever the dtype."""
-        for where, values in super().read(index):
+        for where, values in self.stored.read(index):
             rows, columns = (
                 slice(whole.start + part.start, whole.start + part.stop)
                 for whole, part in zip(index, where, strict=True)
@@ -63,9 +70,9 @@ def with_adapter(checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora
     check_fits(adapter, checkpoint.args)
     tensors = dict(checkpoint.tensors)
     for linear, (a, b) in adapter.weights.items():
-        tensor = tensors[f"{linear}.weight"]
-        tensors[tensor.spec.name] = FoldedTensor(
-            tensor.spec, tensor.pieces, tensor.dim, tensor.head_rows, a, b, adapter.scaling
+        stored = tensors[f"{linear}.weight"]
+        tensors[stored.spec.name] = FoldedTensor(
+            stored.spec, stored.pieces, stored.dim, stored.head_rows, stored=stored, a=a, b=b, scaling=adapter.scaling
         )
     return dataclasses.replace(checkpoint, tensors=tensors, adapter=name)
 
@@ -91,7 +98,7 @@ def merge_adapter(
         to: "hf", "meta" or "single"; None for the layout that the checkpoint has.
 
     Returns:
-        What was written.
+        The folder or file written.
 
     Raises:
         LlamaError: before anything is written, or with everything that was written removed; an

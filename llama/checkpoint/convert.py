@@ -1,6 +1,6 @@
-"""Carry a checkpoint into another world: Hugging Face's, Meta's, or LLMs-from-scratch's single file.
+"""Convert a checkpoint to another layout: Hugging Face's, Meta's, or LLMs-from-scratch's single file.
 
-Whatever `open_checkpoint` opens is streamed, tensor by tensor; what a world cannot express is refused before
+Whatever `open_checkpoint` opens is streamed, tensor by tensor; a model that a layout cannot express is refused before
 anything is written.
 """
 
@@ -36,7 +36,7 @@ def convert(
     tokenizer_path: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a checkpoint in another layout, with what its world wants beside the weights.
+    """Write a checkpoint in another layout, with the files that belong beside the weights.
 
     Args:
         ckpt_dir: anything that `open_checkpoint` reads.
@@ -48,7 +48,7 @@ def convert(
         force: replace what an earlier conversion or split wrote.
 
     Returns:
-        What was written.
+        The folder or file written.
 
     Raises:
         LlamaError: before anything is written, or with everything that was written removed.

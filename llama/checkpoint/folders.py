@@ -17,11 +17,11 @@ OVERHEAD_BYTES = 32 << 20
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:
-    """Whether a checkpoint may be written to `target`.
+    """Refuse a target that must not be written to.
 
     Raises:
-        CheckpointError: when that would touch the source, something that is not ours, or, without `force`, an
-            earlier one of ours.
+        CheckpointError: when it is or holds the source, is not of ours, or, without `force`, is an earlier checkpoint
+            of ours.
     """
     if source.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(f"{target} is the checkpoint itself or holds it: choose another output")
@@ -34,7 +34,12 @@ def check_target(target: Path, source: Path, force: bool) -> None:
 
 
 def check_space(target: Path, n_bytes: int, remedy: str = "choose another output") -> None:
-    """Whether so many bytes of tensors fit where `target` is to stand; `remedy` is the way out besides making room.
+    """Refuse a target on a disk without room for so many bytes of tensors.
+
+    Args:
+        target: the file or folder to write.
+        n_bytes: of its tensors.
+        remedy: the way out besides making room, for the message.
 
     Raises:
         CheckpointError: naming both sizes.

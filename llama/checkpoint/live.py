@@ -11,10 +11,10 @@ from torch import Tensor
 
 from llama import env
 from llama.checkpoint.files import Index
-from llama.checkpoint.rows import SourceTensor
+from llama.checkpoint.rows import SourceTensor, may_be
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import Spec, specs
-from llama.checkpoint.tie import embedding_of
+from llama.checkpoint.tie import source_of
 from llama.errors import CheckpointError
 from llama.model import Transformer
 from llama.parallel import groups
@@ -125,9 +125,7 @@ def live_checkpoint(model: Transformer, origin: Checkpoint) -> Checkpoint:
     for name, spec in specs(args, origin.scheme).items():
         if args.tied and name.startswith("output.") and name not in origin.tensors:
             continue
-        weight = parameters.get(name)
-        if weight is None and args.tied:
-            weight = parameters.get(embedding_of(name))
+        weight = parameters.get(source_of(name, parameters))
         if weight is None or not _holds(model, spec, weight):
             raise CheckpointError(
                 f"the model does not hold {name} as {origin.path} does: save it where it was loaded without --quantize"
@@ -137,7 +135,6 @@ def live_checkpoint(model: Transformer, origin: Checkpoint) -> Checkpoint:
 
 
 def _holds(model: Transformer, spec: Spec, weight: Tensor) -> bool:
-    """Whether a parameter is this rank's part of a tensor."""
+    """Return whether a parameter is this rank's part of a tensor."""
     own = spec.own(model.partition, model.ranks.rank)
-    fits = weight.dtype.is_floating_point if spec.dtype is None else weight.dtype == spec.dtype
-    return fits and list(weight.shape) == [run.stop - run.start for run in own]
+    return may_be(weight.dtype, spec.dtype) and list(weight.shape) == [run.stop - run.start for run in own]

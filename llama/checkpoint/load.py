@@ -78,7 +78,7 @@ def cut_model(
 
 
 def check_cuts(args: ModelArgs, scheme: Scheme, partition: Partition) -> None:
-    """Whether every cut of the model falls between groups of columns that share a scale.
+    """Refuse a cut inside a group of columns that share a scale.
 
     Raises:
         QuantizationError: which names the first that does not.

@@ -1,4 +1,4 @@
-"""What a split checkpoint holds, written beside it: every tensor of every shard with its sha256."""
+"""The manifest beside a checkpoint of ours: every tensor of every file with its sha256."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder, or what the manifest at `path` describes, is one that we wrote, and so may replace."""
+    """Return whether we wrote the folder at `path`, or the file that the manifest at `path` describes."""
     try:
         content = read_json(path / NAME if path.is_dir() else path)
     except CheckpointError:

@@ -11,9 +11,9 @@ from llama.checkpoint.params import to_params
 from llama.checkpoint.save import Entry, Quantized, TargetLayout, save
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import Spec, specs
-from llama.checkpoint.tie import embedding_of
+from llama.checkpoint.tie import source_of
 from llama.checkpoint.tokenizer_files import copy_tokenizer
-from llama.quantization.scheme import OUTPUT, Scheme
+from llama.quantization.scheme import Scheme
 
 FILE = "consolidated.00.pth"
 
@@ -31,7 +31,7 @@ def quantize_checkpoint(
     Args:
         checkpoint: of numbers.
         output: the folder to write.
-        scheme: what is quantized, and how.
+        scheme: the form of every matrix.
         tokenizer_path: its tokenizer; None for what lies beside the weights or one folder up.
         force: replace what an earlier split, conversion or quantization wrote.
         chosen: matrices whose roundings were chosen otherwise, written as they come, in any order and each once, under
@@ -50,10 +50,10 @@ def quantize_checkpoint(
 
 
 def _integers(checkpoint: Checkpoint, scheme: Scheme, tokenizer_path: Path | None) -> TargetLayout:
-    """The layout, and what makes its files mean the same model.
+    """The layout of one file of integers.
 
-    Meta's params.json does not say that an output layer is tied: only Llama 3.2's sizes do. Of another tied model the
-    embedding is held as its output layer is, which is what a tied one would be.
+    Meta's params.json does not say that an output layer is tied: only Llama 3.2's sizes do. The embedding of another
+    tied model is therefore held in the form of the output layer, as that of a tied one is.
     """
     args = checkpoint.held_args()
     if args.tied and not args.is_llama_3_2:
@@ -62,8 +62,7 @@ def _integers(checkpoint: Checkpoint, scheme: Scheme, tokenizer_path: Path | Non
     parameters = to_params(args, scheme)
 
     def entry(spec: Spec) -> Entry:
-        from_embedding = spec.name.startswith("output.") and OUTPUT not in checkpoint.tensors
-        source = embedding_of(spec.name) if from_embedding else spec.name
+        source = source_of(spec.name, checkpoint.tensors)
         return Entry(spec.name, source, spec.whole, spec.dtype or checkpoint.tensors[source].dtype)
 
     return TargetLayout(

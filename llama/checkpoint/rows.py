@@ -34,7 +34,7 @@ class SourceTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is stored in."""
+        """The dtype that it is stored in."""
         return self.pieces[0].dtype
 
     def read_into(self, index: Index, out: Tensor) -> None:
@@ -68,6 +68,11 @@ class SourceTensor:
 
     def _in_meta_order(self, values: Tensor) -> Tensor:
         return to_meta_order(values, self.head_rows) if self.head_rows else values
+
+
+def may_be(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
+    """Return whether a tensor may be stored in `dtype`: the wanted one, or any of numbers where that is None."""
+    return dtype.is_floating_point if wanted is None else dtype == wanted
 
 
 def to_meta_order(rows: Tensor, head_dim: int) -> Tensor:

@@ -69,7 +69,7 @@ Files = Mapping[str, Sequence[Entry]]
 
 @dataclass(frozen=True)
 class TargetLayout:
-    """What a checkpoint becomes.
+    """A description of the files that a checkpoint becomes.
 
     Args:
         task: one word for the progress bar.
@@ -255,12 +255,12 @@ def _deal_out(chunks: Iterable[Chunk], files: Files, writers: Mapping[str, Write
 
 
 def _wait(under_way: Iterable[Future[Any]]) -> None:
-    """Wait for what the writers have under way; their errors are raised here."""
+    """Wait for the writers' tasks; their errors are raised here."""
     for future in under_way:
         future.result()
 
 
 def _overlap(part: Index, first: int, n_rows: int) -> Index:
-    """What a chunk of rows shares with a part, as an index into the chunk."""
+    """The rows and columns of a part that lie in a chunk of rows, as an index into the chunk."""
     start, stop = (min(max(edge - first, 0), n_rows) for edge in (part[0].start, part[0].stop))
     return slice(start, stop), *part[1:]

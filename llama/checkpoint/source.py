@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from llama.checkpoint.files import StoredTensor, read_header
-from llama.checkpoint.rows import SourceTensor
+from llama.checkpoint.rows import SourceTensor, may_be
 from llama.checkpoint.scratch import geometry_of
 from llama.checkpoint.table import Spec, is_ignored, specs
 from llama.checkpoint.tie import is_tied
@@ -154,7 +154,7 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
 
 
 def _stored_scheme(path: Path) -> Scheme | None:
-    """What params.json says of integers in the files."""
+    """The scheme of the integers in the files, from params.json."""
     content = read_json(path).get("quantization")
     try:
         return None if content is None else Scheme.from_json(content)
@@ -163,7 +163,7 @@ def _stored_scheme(path: Path) -> Scheme | None:
 
 
 def _reads_as_tied(args: ModelArgs, scheme: Scheme, shard: Mapping[str, StoredTensor]) -> bool:
-    """Whether the embedding of integers is held as an output layer is; no values are compared."""
+    """Return whether the embedding is stored in the form that a tied one has; no values are compared."""
     spec = specs(args)[EMBEDDING]
     return is_tied(args, {EMBEDDING: SourceTensor(spec, (shard[EMBEDDING],))} if EMBEDDING in shard else {}, scheme)
 
@@ -268,7 +268,7 @@ def _open_single(path: Path) -> Checkpoint:
 
 
 class _Problems:
-    """What is wrong with a checkpoint's tensors, told in one error."""
+    """The faults of a checkpoint's tensors, told in one error."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -281,7 +281,7 @@ class _Problems:
         found = _joined_shape(tensor)
         if found != spec.shape:
             self.misshapen.append(f"{spec.name} is {_show(found)}, expected {list(spec.shape)}")
-        strangers = {piece.dtype for piece in tensor.pieces if not _may_be(piece.dtype, spec.dtype)}
+        strangers = {piece.dtype for piece in tensor.pieces if not may_be(piece.dtype, spec.dtype)}
         if strangers:
             found_as, wanted = _name(strangers.pop()), "a dtype of numbers" if spec.dtype is None else _name(spec.dtype)
             self.mistyped.append(f"{spec.name} is {found_as}, expected {wanted}")
@@ -318,10 +318,6 @@ def _joined_shape(tensor: SourceTensor) -> tuple[int, ...] | None:
 
 def _show(shape: tuple[int, ...] | None) -> str:
     return "in pieces that do not fit together" if shape is None else str(list(shape))
-
-
-def _may_be(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
-    return dtype.is_floating_point if wanted is None else dtype == wanted
 
 
 def _name(dtype: torch.dtype) -> str:

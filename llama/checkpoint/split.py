@@ -14,11 +14,11 @@ from llama.checkpoint.params import to_params
 from llama.checkpoint.save import Entry, TargetLayout, save
 from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.checkpoint.table import Spec, specs
-from llama.checkpoint.tie import embedding_of
+from llama.checkpoint.tie import source_of
 from llama.checkpoint.tokenizer_files import copy_tokenizer
 from llama.errors import CheckpointError, PartitionError
 from llama.parallel.partition import Partition, weighted_ranges
-from llama.quantization.scheme import EMBEDDING, OUTPUT
+from llama.quantization.scheme import EMBEDDING
 
 NAMES = ("fs_consolidated", "consolidated")
 # Llama 3 cuts the embedding along the vocabulary; the older ones, with small vocabularies, along the features.
@@ -27,10 +27,10 @@ LLAMA_3_VOCAB = 100_000
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tensors of a checkpoint are cut into files.
+    """The cut of a checkpoint's tensors into files.
 
     Args:
-        partition: who owns what.
+        partition: the shards' parts of every axis.
         embedding_dim: the dimension along which the embedding is cut: 1, its features, as Llama 1 and 2
             have it, or 0, its vocabulary, as Llama 3 has it.
     """
@@ -160,11 +160,10 @@ def stored_twice(checkpoint: Checkpoint) -> list[tuple[Spec, str]]:
     Returns:
         In the files' order, each tensor with the name of the one whose rows it takes.
     """
-    stored = [(tensor.spec, name) for name, tensor in checkpoint.tensors.items()]
-    if OUTPUT in checkpoint.tensors:
-        return stored
-    listed = specs(checkpoint.args, checkpoint.scheme)
-    return stored + [(spec, embedding_of(name)) for name, spec in listed.items() if name.startswith("output.")]
+    tensors, listed = checkpoint.tensors, specs(checkpoint.args, checkpoint.scheme)
+    missing = (spec for name, spec in listed.items() if name.startswith("output.") and name not in tensors)
+    stored = [*(tensor.spec for tensor in tensors.values()), *missing]
+    return [(spec, source_of(spec.name, tensors)) for spec in stored]
 
 
 def kept_dtype(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.dtype:

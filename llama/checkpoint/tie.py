@@ -1,15 +1,16 @@
-"""Whether the output layer is the embedding."""
+"""The tied output layer: is a model's output layer its embedding?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 
-from llama.checkpoint.rows import SourceTensor
-from llama.checkpoint.table import SCALES, WEIGHT
+from llama.checkpoint.rows import SourceTensor, may_be
 from llama.config import ModelArgs
 from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
+
+_LAYER = OUTPUT.removesuffix("weight")
 
 
 def is_tied(
@@ -19,7 +20,7 @@ def is_tied(
     rows: slice | None = None,
     unsaid: bool = False,
 ) -> bool:
-    """Whether the output layer shares the embedding's memory.
+    """Return whether the output layer shares the embedding's memory.
 
     Hugging Face's config.json says so. Meta's params.json does not: only Llama 3.2's sizes do, and its files hold the
     tied matrix twice. The two copies are one where they are equal, and two where tuning has set them apart (as
@@ -34,25 +35,30 @@ def is_tied(
     """
     if not (args.tied or unsaid) or not _may_hold_output(args, tensors, scheme):
         return False
-    both = (name for name in (OUTPUT, OUTPUT.replace(WEIGHT, SCALES)) if OUTPUT in tensors and name in tensors)
-    return all(_are_equal(tensors[name], tensors[embedding_of(name)], rows) for name in both)
+    stored = [name for name in tensors if name.startswith(_LAYER)]
+    return all(_are_equal(tensors[name], tensors[_of_embedding(name)], rows) for name in stored)
 
 
-def embedding_of(name: str) -> str:
-    """The embedding's tensor that is the same as one of a tied output layer: its matrix, its integers or its scales."""
-    return name.replace(OUTPUT.removesuffix(WEIGHT), EMBEDDING.removesuffix(WEIGHT))
+def source_of(name: str, stored: Container[str]) -> str:
+    """The stored tensor that holds the values of `name`: the embedding's, for an output layer that is not stored."""
+    return _of_embedding(name) if name.startswith(_LAYER) and OUTPUT not in stored else name
+
+
+def _of_embedding(name: str) -> str:
+    """The embedding's matrix, integers or scales for the output layer's."""
+    return name.replace(_LAYER, EMBEDDING.removesuffix("weight"))
 
 
 def _may_hold_output(args: ModelArgs, tensors: Mapping[str, SourceTensor], scheme: Scheme | None) -> bool:
-    """Whether the embedding is stored in the form of the output layer."""
+    """Return whether the embedding is stored in the form of the output layer."""
     if scheme is None or EMBEDDING not in tensors:
         return True
-    form, found = scheme.form(OUTPUT, args), tensors[EMBEDDING].dtype
-    return found.is_floating_point if form is None else found == form.dtype
+    form = scheme.form(OUTPUT, args)
+    return may_be(tensors[EMBEDDING].dtype, None if form is None else form.dtype)
 
 
 def _are_equal(left: SourceTensor, right: SourceTensor, rows: slice | None) -> bool:
-    """Whether two tensors hold the same in these rows."""
+    """Return whether two tensors hold the same in these rows."""
     index = (rows or left.spec.whole[0], *left.spec.whole[1:])
     for where, values in left.read(index):
         part = tuple(slice(run.start + own.start, run.start + own.stop) for run, own in zip(index, where, strict=True))

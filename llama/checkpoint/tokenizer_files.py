@@ -47,7 +47,7 @@ def read_tokenizer(checkpoint: Checkpoint, tokenizer_path: Path | None) -> tuple
 def write_hf_tokenizers(
     source: Path, tokenizer_path: Path | None, found: tuple[Path, Tokenizer] | None, folder: Path
 ) -> None:
-    """What `AutoTokenizer` opens: the source's own files, or what is made of its tokenizer.model."""
+    """Write the files that `AutoTokenizer` opens: the source's own, or new ones made of its tokenizer.model."""
     if found is None:
         return
     copy_tokenizer(source, folder, tokenizer_path)

@@ -34,7 +34,7 @@ DESCRIPTOR_SIGNATURE = b"PK\x07\x08"  # APPNOTE.TXT 4.3.9: signature, CRC, sizes
 
 @dataclass
 class _Progress:
-    """How much of one tensor is written, and its checksums so far."""
+    """The part of one tensor that is written, and its checksums so far."""
 
     offset: int
     nbytes: int
@@ -89,7 +89,7 @@ class Writer:
         ]
 
     def _checksums(self, progress: _Progress) -> list[Callable[[memoryview], object]]:
-        """What takes in every byte of a tensor."""
+        """The functions that take in every byte of a tensor."""
         return [progress.sha256.update]
 
     def finish(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class Writer:
         return {name: progress.sha256.hexdigest() for name, progress in self._tensors.items()}
 
     def _seal(self) -> None:
-        """Write what only the whole content decides."""
+        """Write the fields that depend on the whole content."""
 
     def close(self) -> None:
         """Close the file, finished or not."""
