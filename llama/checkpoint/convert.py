@@ -132,5 +132,5 @@ def _single_file(
         hf_config(checkpoint.held_args(unsaid=checkpoint.format != "hf"), dtype or checkpoint.dtype),
         None,
         lambda folder: copy_tokenizer(checkpoint.path, folder, tokenizer_path),
-        half_turned=True,
+        rotate_half=True,
     )

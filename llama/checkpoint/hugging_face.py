@@ -52,7 +52,7 @@ def hugging_face(
 
     config = _config(checkpoint, args, dtype, tokenizer)
     return TargetLayout(
-        "converting", files, {"layout": "hf"}, config, "config.json", write_beside, indent=2, half_turned=True
+        "converting", files, {"layout": "hf"}, config, "config.json", write_beside, indent=2, rotate_half=True
     )
 
 

@@ -80,7 +80,7 @@ class TargetLayout:
             manifest stands beside it and holds them too.
         indent: of the parameters' file.
         write_beside: writes the tokenizer and whatever else lies in the folder; called once the weights are whole.
-        half_turned: whether the rows of heads are stored in Hugging Face's order.
+        rotate_half: whether the rows of heads are stored in Hugging Face's order.
         forms: the matrices that are rounded to the nearest as they are read, by Meta's names.
     """
 
@@ -91,7 +91,7 @@ class TargetLayout:
     parameters_file: str | None
     write_beside: Callable[[Path], object]
     indent: int | None = None
-    half_turned: bool = False
+    rotate_half: bool = False
     forms: Mapping[str, Form] = field(default_factory=dict)
 
 
@@ -120,7 +120,7 @@ def save(
     check_target(target, checkpoint.path, force)
     layout = describe(checkpoint)
     check_space(target, total_bytes(layout.files))
-    chunks = read_rows(checkpoint, layout.files, layout.half_turned, layout.forms, chosen)
+    chunks = read_rows(checkpoint, layout.files, layout.rotate_half, layout.forms, chosen)
     content = {"source": describe_source(checkpoint), "partition": layout.partition}
     write = _save_file if layout.parameters_file is None else _save_folder
     write(target, layout, chunks, content)
@@ -165,7 +165,7 @@ def total_bytes(files: Files) -> int:
 def read_rows(
     checkpoint: Checkpoint,
     files: Files,
-    half_turned: bool = False,
+    rotate_half: bool = False,
     forms: Mapping[str, Form] | None = None,
     chosen: Iterable[Quantized] = (),
 ) -> Iterator[Chunk]:
@@ -174,7 +174,7 @@ def read_rows(
     Args:
         checkpoint: what is read.
         files: its target; the order of the tensors is theirs, behind those that were chosen.
-        half_turned, forms: see `TargetLayout`.
+        rotate_half, forms: see `TargetLayout`.
         chosen: see `save`.
     """
     done = set()
@@ -190,7 +190,7 @@ def read_rows(
             for _, packed, scales in quantized_chunks(tensor, form):
                 yield {name: packed, scales_of(name): scales}
             continue
-        head_rows = checkpoint.args.head_dim if half_turned and tensor.spec.permuted else 0
+        head_rows = checkpoint.args.head_dim if rotate_half and tensor.spec.permuted else 0
         for _, rows in row_chunks(tensor, dtype, max(1, head_rows)):
             yield {name: to_hf_order(rows, head_rows) if head_rows else rows}
 

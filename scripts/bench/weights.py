@@ -129,7 +129,7 @@ def prepared_weights(
         if is_new:
             notice("writing a copy in Hugging Face's layout for its peer")
             stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
-            read = partial(read_rows, checkpoint, half_turned=True)
+            read = partial(read_rows, checkpoint, rotate_half=True)
             write_hf(folder, checkpoint.args, stored, read, checkpoint.tensors)
         yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, ckpt_dir, str(folder), checkpoint.format)
 
