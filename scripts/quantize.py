@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterable
 
 from llama.checkpoint.calibrate import calibrated, read_calibration
-from llama.checkpoint.quantize import Quantized, quantize_checkpoint
+from llama.checkpoint.quantize import quantize_checkpoint
+from llama.checkpoint.save import Quantized
 from llama.checkpoint.source import open_checkpoint
 from llama.cli import name_words, run
 from llama.device import choose_device

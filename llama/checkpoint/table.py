@@ -222,11 +222,6 @@ def _rows(args: ModelArgs) -> Iterator[tuple[Row, Spec]]:
             yield row, Spec(*names, shape, row.axes, row.permuted, row.scratch.format(layer))
 
 
-def form_of(name: str, args: ModelArgs, scheme: Scheme | None) -> Form | None:
-    """Return how a tensor is held as integers, by Meta's name; None for one that is held as numbers."""
-    return specs(args, scheme)[name].form
-
-
 def is_ignored(name: str) -> bool:
     """Whether a stored tensor is one that may be left unread."""
     return name.endswith(IGNORED) or name in IGNORED_WHOLE

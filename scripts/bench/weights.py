@@ -6,17 +6,18 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from llama.checkpoint.hf_weights import Rows, checkpoint_rows, tensor_bytes, write_weights
+from llama.checkpoint.hugging_face import hf_files
 from llama.checkpoint.params import hf_config
+from llama.checkpoint.save import Chunk, Files, read_rows, total_bytes, write_files
 from llama.checkpoint.source import open_checkpoint
-from llama.checkpoint.table import Spec, n_unique_params, specs
+from llama.checkpoint.table import n_unique_params, specs
 from llama.config import ModelArgs
 from llama.config import geometry as published_geometry
 from llama.env import notice
@@ -32,32 +33,34 @@ SMALL = ModelArgs(dim=768, n_layers=12, n_heads=12, vocab_size=32000, tied=True)
 UNPUBLISHED = {"tiny": TINY, "110m": SMALL}
 
 
-def random_rows(seed: int) -> Rows:
-    """Return a source of normal values that keep activations near 1; a seed gives the same ones in every dtype."""
+def random_rows(files: Files, seed: int) -> Iterator[Chunk]:
+    """Yield normal values that keep activations near 1; a seed gives the same ones in every dtype."""
     generator = torch.Generator().manual_seed(seed)
-
-    def rows(spec: Spec) -> Iterator[Tensor]:
-        if len(spec.shape) == 1:
-            yield torch.ones(spec.shape)
-            return
-        n_rows, n_columns = spec.shape
+    for entry in (entry for entries in files.values() for entry in entries):
+        if len(entry.shape) == 1:
+            yield {entry.source: torch.ones(entry.shape, dtype=entry.dtype)}
+            continue
+        n_rows, n_columns = entry.shape
         run = max(1, PIECE_ELEMENTS // n_columns)
         for first in range(0, n_rows, run):
-            yield torch.randn(min(run, n_rows - first), n_columns, generator=generator) * n_columns**-0.5
-
-    return rows
+            rows = torch.randn(min(run, n_rows - first), n_columns, generator=generator) * n_columns**-0.5
+            yield {entry.source: rows.to(entry.dtype)}
 
 
 def write_hf(
-    folder: Path, args: ModelArgs, dtype: torch.dtype, rows: Rows, names: Container[str] | None = None
+    folder: Path,
+    args: ModelArgs,
+    dtype: torch.dtype,
+    read: Callable[[Files], Iterator[Chunk]],
+    names: Container[str] | None = None,
 ) -> Path:
     """Write `config.json` and `model.safetensors` of a whole model; return the folder.
 
     Args:
         folder: where they are written; made when missing.
         args: the geometry.
-        dtype: of the stored tensors.
-        rows: the source of each tensor's values, in Hugging Face's row order.
+        dtype: what is stored.
+        read: gives the rows of each tensor of the files, in Hugging Face's order.
         names: Meta's names of the tensors to write; None for all, without a tied output layer.
 
     Raises:
@@ -65,8 +68,8 @@ def write_hf(
     """
     if names is None:
         names = set(specs(args)) - ({"output.weight"} if args.tied else set())
-    stored = [(spec, dtype) for spec in specs(args).values() if spec.name in names]
-    n_bytes = sum(tensor_bytes(spec, dtype) for spec, _ in stored)
+    files = hf_files((spec, dtype) for spec in specs(args).values() if spec.name in names)
+    n_bytes = total_bytes(files)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if n_bytes > free:
@@ -76,8 +79,10 @@ def write_hf(
         )
     (folder / "config.json").write_text(json.dumps(hf_config(args, dtype), indent=2) + "\n")
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-        for name in write_weights(Path(unfinished), stored, rows):
-            (Path(unfinished) / name).replace(folder / name)
+        paths = {name: Path(unfinished) / name for name in files}
+        write_files(paths, files, read(files), "writing")
+        for name, path in paths.items():
+            path.replace(folder / name)
     return folder
 
 
@@ -114,7 +119,7 @@ def prepared_weights(
         with _folder(keep_dir, args) as (folder, is_new):
             if is_new:
                 notice(f"writing {n_unique_params(args):,} random parameters, {NAMES[dtype]}")
-                write_hf(folder, args, dtype, random_rows(seed))
+                write_hf(folder, args, dtype, partial(random_rows, seed=seed))
             yield Weights(geometry, "random", args, str(folder), str(folder))
         return
     checkpoint = open_checkpoint(ckpt_dir)
@@ -125,7 +130,8 @@ def prepared_weights(
         if is_new:
             notice("writing a copy in Hugging Face's layout for its peer")
             stored = checkpoint.dtype if checkpoint.dtype in NAMES else torch.float32
-            write_hf(folder, checkpoint.args, stored, checkpoint_rows(checkpoint), checkpoint.tensors)
+            read = partial(read_rows, checkpoint, rotate_half=True)
+            write_hf(folder, checkpoint.args, stored, read, checkpoint.tensors)
         yield Weights(ckpt_dir, checkpoint.format, checkpoint.args, ckpt_dir, str(folder), checkpoint.format)
 
 
