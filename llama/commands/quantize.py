@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Annotated
 
 from llama.checkpoint.calibrate import calibrated, read_calibration
 from llama.checkpoint.quantize import quantize_checkpoint
@@ -10,6 +11,7 @@ from llama.checkpoint.source import open_checkpoint
 from llama.cli import run
 from llama.device import choose_device
 from llama.errors import QuantizationError
+from llama.flags import Without
 from llama.kernels.formats import KINDS
 from llama.quantization.scheme import Asked
 from llama.runtime import check_vocabulary
@@ -20,13 +22,11 @@ def main(
     ckpt_dir: str,
     output: str,
     type: str,
-    group_size: int | None = None,
-    quantize_output: str | None = None,
-    quantize_embedding: str | None = None,
     calibrate: str | None = None,
     device: str = "auto",
     tokenizer_path: str | None = None,
     force: bool = False,
+    asked: Annotated[Asked, Without("quantize")] = Asked(),
 ) -> None:
     """Write a checkpoint as integers with scales, which loads at any number of ranks; split_model.py cuts it.
 
@@ -34,9 +34,6 @@ def main(
         ckpt_dir: anything that example.py reads, but for what is quantized already.
         output: the folder to write.
         type: int8 (a scale a row) or int4 (a scale for each group of weights).
-        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
-        quantize_output: int8, int4 or none, for the output layer; by default int8.
-        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
         calibrate: a UTF-8 text of the kind that the model is for; int4's roundings are then chosen on it, by GPTQ.
         device: where calibration computes: auto, cpu, cuda or cuda:N.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
@@ -46,7 +43,7 @@ def main(
         raise QuantizationError(f"--type {type!r} is not one of {', '.join(KINDS)}")
     checkpoint = open_checkpoint(ckpt_dir)
     checkpoint.require_numbers("quantizing it anew")
-    scheme = Asked(type, group_size, quantize_output, quantize_embedding).scheme()
+    scheme = dataclasses.replace(asked, quantize=type).scheme()
     assert scheme is not None  # `type` was given
     chosen: Iterable[Quantized] = ()
     if calibrate is not None:
