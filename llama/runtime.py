@@ -23,6 +23,7 @@ from llama.parallel.partition import Partition
 from llama.plan.advice import check_fit
 from llama.plan.inference import Workload
 from llama.quantization.scheme import Asked, Scheme, settle
+from llama.sizes import show_count
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ class Opened:
         files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
         integers = "" if self.scheme is None else f"{self.scheme.words()}, "
         return (
-            f"loaded {shown(checkpoint.path)} ({_count(checkpoint.args.n_unique_params)} parameters, {files}) "
+            f"loaded {shown(checkpoint.path)} ({show_count(checkpoint.args.n_unique_params)} parameters, {files}) "
             f"in {seconds:.1f} s: "
             f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
@@ -205,7 +206,3 @@ def shown(path: Path) -> Path:
     """A path as a person would type it."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

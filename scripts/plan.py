@@ -18,10 +18,11 @@ from llama.config import ModelArgs, geometry
 from llama.device import DTYPES, choose_device, choose_dtype
 from llama.errors import LlamaError, UsageError
 from llama.finetuning.settings import METHODS, TrainSettings, workload
-from llama.plan.advice import NAMES, Plan, Planner, Setting, change, command, show_bytes, table
+from llama.plan.advice import NAMES, Plan, Planner, Setting, change, command, table
 from llama.plan.inference import Workload
 from llama.plan.memory import given_memory, machine_memory
 from llama.quantization.scheme import Asked, Scheme, settle
+from llama.sizes import show_bytes, show_count
 
 
 def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, Scheme | None, str]:
@@ -54,10 +55,6 @@ def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_param
     return choose_dtype(dtype, device, stored, n_params)
 
 
-def count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
-
-
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
     setting = plan.setting
     integers = "" if setting.scheme is None else f" ({setting.scheme.words()})"
@@ -65,7 +62,7 @@ def heading(plan: Plan, name: str, args: ModelArgs) -> str:
     ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
     split = f" split {setting.tensor_split}" if setting.tensor_split else ""
     return (
-        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
+        f"{name}: {show_count(args.n_unique_params)} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
         f"{offloaded}, {setting.work.words()} at a time"
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,11 +26,13 @@ from llama.checkpoint.table import Spec
 from llama.checkpoint.write import PthWriter
 from llama.config import read_json
 from llama.env import notice
-from llama.errors import CheckpointError, TokenizerError, UsageError
+from llama.errors import CheckpointError, LlamaError, TokenizerError, UsageError
+from llama.sizes import parse_bytes
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, locate_tokenizer
 
 KINDS = ("hf", "meta", "single")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Of --max_shard_size; a bare number is one of bytes.
+SHARD_UNITS = ("", "KB", "MB", "GB", "KIB", "MIB", "GIB")
 AFTER_LAYERS = ("norm.weight", "output.weight")
 # What LLMs-from-scratch's code has in place of a parameter.
 SCRATCH_NORM_EPS = 1e-5
@@ -101,16 +102,15 @@ def check_kind(to: str) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" (decimal) or "500MiB" (binary).
+    """Return the bytes of a size such as "5GB" (decimal) or "500MiB" (binary).
 
     Raises:
         UsageError: for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    size = 0 if match is None else int(float(match[1]) * UNITS[(match[2] or "").upper()])
-    if size <= 0:
-        raise UsageError(f"--max_shard_size takes a size such as 5GB or 500MiB, not {text!r}")
-    return size
+    try:
+        return parse_bytes(text, SHARD_UNITS)
+    except LlamaError:
+        raise UsageError(f"--max_shard_size takes a size such as 5GB or 500MiB, not {text!r}") from None
 
 
 # -- Hugging Face ----------------------------------------------------------------------------------

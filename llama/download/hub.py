@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from llama.download.checklist import BLOCK_BYTES, Progress
-from llama.download.transfer import check_space
+from llama.download.transfer import require_space
 from llama.errors import DownloadError
 
 # Where licences are accepted, also by those who download from a mirror.
@@ -136,7 +136,7 @@ def _check_folder(folder: Path, wanted: list[HubFile]) -> None:
             raise DownloadError(
                 f"{path} exists and is not the repository's file: move it away, or choose another --output_dir"
             )
-    check_space(folder, needed)
+    require_space(folder, needed)
 
 
 def _verify(folder: Path, wanted: list[HubFile]) -> None:

@@ -18,7 +18,7 @@ from llama.config import read_json
 from llama.download import checklist
 from llama.download.checklist import Progress
 from llama.download.models import Published
-from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience, check_space
+from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience, require_space
 from llama.errors import CheckpointError, DownloadError
 
 LIST, TOKENIZER_LIST = checklist.NAMES
@@ -169,7 +169,7 @@ def _stranger(path: Path) -> DownloadError:
 def _check_space(folder: Path, missing: list[_Item]) -> None:
     partials = [folder / (item.name + PARTIAL) for item in missing]
     kept = sum(path.stat().st_size for path in partials if path.exists())
-    check_space(folder, sum(item.size or 0 for item in missing) - kept)
+    require_space(folder, sum(item.size or 0 for item in missing) - kept)
 
 
 def _write_lists(folder: Path, lists: dict[str, str]) -> None:

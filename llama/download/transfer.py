@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import requests
 
 from llama.download.checklist import BLOCK_BYTES, Progress
 from llama.errors import DownloadError
+from llama.sizes import check_space, show_gigabytes
 
 PARTIAL = ".partial"
 # What is lost at most when a connection breaks off: a block is handed on when it is complete.
@@ -299,6 +299,15 @@ def _announced(response: requests.Response, part: _Partial, size: int | None) ->
 # -- what is on disk -------------------------------------------------------------------------------
 
 
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to download more bytes than the disk has room for.
+
+    Raises:
+        DownloadError: naming both sizes.
+    """
+    check_space(folder, needed, f"{show_gigabytes(needed)} are missing", "choose another --output_dir", DownloadError)
+
+
 class _Partial:
     """A file under way: as much of it as is on disk, and the digest of that."""
 
@@ -365,20 +374,3 @@ class _Partial:
         """Give the file its name, now that it is whole."""
         self._file.flush()
         self.path.replace(target)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse what the disk has no room for.
-
-    Raises:
-        DownloadError: naming both sizes.
-    """
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise DownloadError(
-            f"{needed / 1e9:.2f} GB are missing, but {place} has {free / 1e9:.2f} GB free: "
-            "choose another --output_dir or make room"
-        )

@@ -31,8 +31,8 @@ from llama.plan.memory import Memory, Pool, joined_memory, machine_memory, own_p
 from llama.plan.needs import LASTING, PASSING, Plan, RankPlan, Setting, needed_items
 from llama.plan.training import Training
 from llama.quantization.scheme import Asked, Scheme
+from llama.sizes import show_bytes
 
-GB = 1e9
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 SHORTEST = 16
 # Memories that differ by less than this are alike: cards of one make are never equal to the byte.
@@ -234,11 +234,6 @@ def _proportion(sizes: Sequence[float]) -> str:
 
 
 # -- words -----------------------------------------------------------------------------------------
-
-
-def show_bytes(nbytes: float) -> str:
-    """`13.48 GB` (1e9 bytes each), or MB below a tenth of one."""
-    return f"{nbytes / GB:.2f} GB" if abs(nbytes) >= GB / 10 else f"{nbytes / 1e6:.2f} MB"
 
 
 def table(plan: Plan) -> str:

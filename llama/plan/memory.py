@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import psutil
 import torch
 
 from llama.errors import LlamaError
+from llama.sizes import parse_bytes
 
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -69,19 +67,6 @@ class Memory:
         if process < len(self.places):
             return self.places[process]
         return process if self.grows else process % len(self.sizes)
-
-
-def parse_bytes(text: str) -> int:
-    """A size such as `8GB` (1e9 bytes each), `8GiB` (2**30) or `8000MB`, in bytes.
-
-    Raises:
-        LlamaError: for anything else; a bare number is not a size.
-    """
-    match = SIZE.fullmatch(text.strip())
-    if not match or text.strip()[-1].isdigit() or float(match[1]) <= 0:
-        raise LlamaError(f"{text!r} is not a size above zero such as 8GB (1e9 bytes each), 8GiB or 8000MB")
-    power = UNITS[match[2].upper()]
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def given_memory(text: str, n_ranks: int) -> Memory:

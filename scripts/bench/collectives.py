@@ -46,7 +46,8 @@ from llama.generation.sampling import Sampling
 from llama.generation.tasks import check_writable
 from llama.model import Transformer
 from llama.parallel.partition import Partition
-from llama.plan.advice import NAMES, show_bytes
+from llama.plan.advice import NAMES
+from llama.sizes import show_bytes
 
 # -- counting --------------------------------------------------------------------------------------
 

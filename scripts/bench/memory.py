@@ -40,10 +40,11 @@ from llama.kernels.products import enable
 from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import FFN_BLOCK, Partition
-from llama.plan.advice import GB, Planner, Setting
+from llama.plan.advice import Planner, Setting
 from llama.plan.inference import Workload
 from llama.plan.memory import Memory
 from llama.quantization.scheme import Scheme
+from llama.sizes import GB
 
 
 @dataclass(frozen=True)

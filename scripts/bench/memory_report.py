@@ -22,7 +22,7 @@ from typing import Any
 import charts
 from report import Report, beginning_lines
 
-from llama.plan.advice import GB, show_bytes
+from llama.sizes import GB, show_bytes
 
 COLUMNS = ("weights", "cache", "prefill", "decode", "total")
 BESIDE = ("planned", "limit", "ancestor")

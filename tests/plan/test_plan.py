@@ -29,7 +29,7 @@ from llama.parallel.partition import Partition
 from llama.plan import advice, memory
 from llama.plan.advice import Planner, Setting, change, command, table
 from llama.plan.inference import Kernels, Workload, activation_bytes
-from llama.plan.memory import Memory, cgroup_rooms, given_memory, joined_memory, parse_bytes
+from llama.plan.memory import Memory, cgroup_rooms, given_memory, joined_memory
 
 # The bars: activations within 15 %, weights and cache within 1 % (they are exact).
 ACTIVATIONS = 0.15
@@ -174,20 +174,6 @@ def test_more_ranks_do_not_help_where_they_share_the_memory() -> None:
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("8GB", 8e9), ("8GiB", 8 * 2**30), ("8000MB", 8e9), ("1.5 gb", 1.5e9), ("24G", 24e9), ("512KiB", 2**19)],
-)
-def test_sizes(text: str, nbytes: float) -> None:
-    assert parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["8", "", "GB", "-8GB", "0GB", "8GBit", "8XB", "nan GB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(LlamaError, match="is not a size"):
-        parse_bytes(text)
 
 
 def test_given_memory_is_for_all_or_one_a_rank() -> None:
