@@ -18,7 +18,7 @@ import torch
 from llama.checkpoint import manifest
 from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_file, partial_folder
 from llama.checkpoint.hf_weights import Place, checkpoint_rows, describe, pour, tensor_bytes, write_weights
-from llama.checkpoint.params import generation_config, hf_config
+from llama.checkpoint.params import context_length, generation_config, hf_config
 from llama.checkpoint.scratch import beside
 from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint, shares_output
 from llama.checkpoint.split import describe_source, split_checkpoint, with_output
@@ -144,13 +144,9 @@ def _tie_if_equal(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _config(checkpoint: Checkpoint, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """`config.json`; the context length of a source that states one is kept."""
+    """Return the content of `config.json`; the context length of a source that states one is kept."""
     bos, stops = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.stop_tokens)
-    config = hf_config(checkpoint.args, dtype or checkpoint.dtype, bos, stops)
-    if checkpoint.format == "hf":
-        stated = read_json(checkpoint.path / "config.json").get("max_position_embeddings")
-        config["max_position_embeddings"] = stated or config["max_position_embeddings"]
-    return config
+    return hf_config(checkpoint.args, dtype or checkpoint.dtype, bos, stops, context_length(checkpoint))
 
 
 def _write_generation_config(folder: Path, tokenizer: Tokenizer | None) -> None:
@@ -181,7 +177,9 @@ def _to_single(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, 
         notice(f"LLMs-from-scratch's code has norm_eps {SCRATCH_NORM_EPS}, this model {args.norm_eps}: change it there")
     _read_tokenizer(checkpoint, tokenizer_path)
     is_tied = _tie_if_equal(checkpoint).args.tied
-    config = hf_config(dataclasses.replace(args, tied=is_tied), dtype or checkpoint.dtype)
+    config = hf_config(
+        dataclasses.replace(args, tied=is_tied), dtype or checkpoint.dtype, context=context_length(checkpoint)
+    )
     checkpoint = with_output(checkpoint)
     stored = [(tensor.spec, dtype or tensor.dtype) for tensor in checkpoint.tensors.values()]
     check_space(target, sum(tensor_bytes(spec, kind) for spec, kind in stored))

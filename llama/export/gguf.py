@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +21,11 @@ from tqdm import tqdm
 from llama.chat import chat_format
 from llama.checkpoint.folders import check_space, partial_file
 from llama.checkpoint.load import settle_tie
+from llama.checkpoint.params import context_length
+from llama.checkpoint.rows import row_chunks
 from llama.checkpoint.source import Checkpoint, SourceTensor
 from llama.checkpoint.table import Spec
-from llama.config import ModelArgs, read_json
+from llama.config import ModelArgs
 from llama.env import is_speaker, notice
 from llama.errors import CheckpointError, LlamaError, TokenizerError
 from llama.export import soft_tokens, templates
@@ -34,11 +36,9 @@ from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # Quantized values share a scale in blocks of so many neighbours of a row.
 BLOCK = 32
-CHUNK_BYTES = 32 << 20
 # llama.cpp's names for ways to cut text into words.
 PATTERNS = {"llama3": "llama-bpe", "gpt2": "gpt-2"}
 FAMILIES = {"spm": "llama", "bpe": "gpt2"}
-LLAMA_3_VOCAB = 100_000
 
 
 def export_gguf(
@@ -47,7 +47,7 @@ def export_gguf(
     output: str | Path,
     type_name: str,
     chat: str = "auto",
-    context_length: int | None = None,
+    context: int | None = None,
     force: bool = False,
     prompt: Tensor | None = None,
 ) -> Path:
@@ -59,7 +59,7 @@ def export_gguf(
         output: the file; it appears under this name once it is whole.
         type_name: one of `TYPES`, for the matrices; vectors are always float32.
         chat: chat template to carry along: "auto", "llama2", "llama3", "alpaca", "plain" or "none".
-        context_length: tokens that the model was made for; None for what its files tell.
+        context: tokens that the model was made for; None for what `context_length` says.
         force: replace a file that exists.
         prompt: a soft prompt, [n_virtual_tokens, dim]; it becomes tokens, which the template puts in front of
             BOS.
@@ -89,7 +89,7 @@ def export_gguf(
     with partial_file(target) as partial:
         writer = library.GGUFWriter(partial, "llama")
         try:
-            _add_geometry(writer, args, checkpoint, context_length or _context_length(checkpoint))
+            _add_geometry(writer, args, checkpoint, context or context_length(checkpoint))
             _add_file_type(writer, type_name)
             # What stands before BOS keeps llama.cpp from adding it in front.
             _add_vocabulary(writer, vocabulary, tokenizer, add_bos=not opening)
@@ -223,7 +223,7 @@ _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 def _write_tensor(plan: _Planned, file: BinaryIO, bar: tqdm[Any]) -> None:
     """Convert one tensor, some rows at a time."""
     dtype = _DTYPES.get(plan.type_name, torch.float32)
-    for rows in _row_chunks(plan.tensor, dtype):
+    for _, rows in row_chunks(plan.tensor, dtype):
         if not torch.isfinite(rows).all():
             raise CheckpointError(
                 f"{plan.spec.name} has values that {str(dtype).removeprefix('torch.')} cannot hold: "
@@ -232,18 +232,6 @@ def _write_tensor(plan: _Planned, file: BinaryIO, bar: tqdm[Any]) -> None:
         data = _encode(rows, plan.type_name)
         file.write(data)
         bar.update(len(data))
-
-
-def _row_chunks(tensor: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor's rows in order, at full width, in Meta's order; whole heads at a time where they are permuted."""
-    shape, unit = tensor.spec.shape, max(1, tensor.head_rows)
-    row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
-    step = max(1, CHUNK_BYTES // (row_bytes * unit)) * unit
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        rows = torch.empty(last - first, *shape[1:], dtype=dtype)
-        tensor.read_into((slice(first, last), *(slice(0, size) for size in shape[1:])), rows)
-        yield rows
 
 
 def _encode(rows: Tensor, type_name: str) -> bytes:
@@ -265,10 +253,10 @@ def _rope_factors(args: ModelArgs) -> Tensor | None:
 # -- metadata --------------------------------------------------------------------------------------
 
 
-def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context_length: int) -> None:
+def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context: int) -> None:
     writer.add_type("model")
     writer.add_name(checkpoint.path.resolve().name)
-    writer.add_context_length(context_length)
+    writer.add_context_length(context)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
     writer.add_feed_forward_length(args.ffn_dim)
@@ -283,25 +271,6 @@ def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context_
     if args.rope_scaling is not None and args.rope_scaling.kind == "linear":
         writer.add_rope_scaling_type(_library().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(args.rope_scaling.factor)
-
-
-def _context_length(checkpoint: Checkpoint) -> int:
-    """Tokens that the model was made for: Hugging Face's files tell, Meta's generations are known by their marks.
-
-    llama.cpp takes it as the default context and warns beyond it; no computation depends on it.
-    """
-    if checkpoint.format == "hf":
-        told = read_json(checkpoint.path / "config.json").get("max_position_embeddings")
-        if isinstance(told, int) and told > 0:
-            return told
-    args = checkpoint.args
-    scaling = args.rope_scaling
-    if scaling is not None and scaling.kind == "llama3":
-        return 16 * scaling.original_context  # 131,072 from 8,192, whatever the factor
-    if args.vocab_size >= LLAMA_3_VOCAB:
-        return 8192
-    trained = 2048 if args.norm_eps == 1e-6 else 4096  # Llama 1, Llama 2
-    return trained if scaling is None else int(trained * scaling.factor)
 
 
 def _add_file_type(writer: Any, type_name: str) -> None:
