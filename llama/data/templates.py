@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.chat import AlpacaFormat, ChatFormat, Dialog, Llama2Format, Llama3Format, Message
+from llama import chat
+from llama.chat import AlpacaFormat, ChatFormat, Dialog, Message
 from llama.data.records import Record
 from llama.errors import DataError
 from llama.tokenizer import Tokenizer
@@ -25,9 +26,8 @@ class PlainFormat(ChatFormat):
         return "".join(f"{message['content']}\n" for message in dialog)
 
 
-FORMATS: dict[str, type[ChatFormat]] = {
-    chosen.name: chosen for chosen in (AlpacaFormat, Llama2Format, Llama3Format, PlainFormat)
-}
+# Every chat format, and one that no chat is held in, by name.
+FORMATS: dict[str, type[ChatFormat]] = dict(sorted({**chat.FORMATS, PlainFormat.name: PlainFormat}.items()))
 
 
 @dataclass(frozen=True)

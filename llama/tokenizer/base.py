@@ -14,6 +14,10 @@ from llama.tokenizer.vocabulary import Vocabulary
 
 SPACE_MARK = "▁"  # U+2581, SentencePiece's spelling of a blank
 
+# A vocabulary that has these ends generation at each of them. Hugging Face's EOS of a Llama 3 chat model is <|eot_id|>
+# alone, which would let a base model's continuation run past <|end_of_text|>.
+LLAMA_3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
 # A vocabulary entry as `PieceStream` reads it: text with blanks as SPACE_MARK; one raw byte (byte
 # fallback); or None for a control token, which is silent.
 Piece = str | bytes | None

@@ -20,7 +20,7 @@ from llama.errors import TokenizerError
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.tokenizer.base import SPACE_MARK
 from llama.tokenizer.bpe import SPLIT_PATTERN, read_ranks
-from llama.tokenizer.vocabulary import BYTE_OF
+from llama.tokenizer.vocabulary import all_merges, spell
 
 # Texts on which tokenizers that are nearly the same differ.
 PROBES = (
@@ -87,7 +87,7 @@ def _from_sentencepiece(sp: sentencepiece.SentencePieceProcessor, ours: Tokenize
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
     }
     model = models.BPE(
-        vocab=vocab, merges=_merges(vocab, mergeable), unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True,
+        vocab=vocab, merges=all_merges(mergeable, vocab), unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True,
         byte_fallback=any(sp.is_byte(i) for i in range(len(pieces))),
     )  # fmt: skip
     core = Core(model)
@@ -112,9 +112,8 @@ def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[
 
 
 def _from_ranks(ranks: Mapping[bytes, int], ours: Tokenizer) -> Core:
-    letters = {byte: letter for letter, byte in BYTE_OF.items()}
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    model = models.BPE(vocab=vocab, merges=_merges(vocab, vocab), fuse_unk=False)
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    model = models.BPE(vocab=vocab, merges=all_merges(vocab, vocab), fuse_unk=False)
     model.ignore_merges = True  # a word that is in the vocabulary is one token, however it came about
     core = Core(model)
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -127,18 +126,6 @@ def _from_ranks(ranks: Mapping[bytes, int], ours: Tokenizer) -> Core:
     in_order = sorted(ours.special_tokens, key=ours.special_tokens.__getitem__)
     core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in in_order])
     return core
-
-
-def _merges(vocab: Mapping[str, int], order: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the piece that is merged first in front."""
-    merges = []
-    for piece, place in order.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in order and right in order:
-                merges.append((place, vocab[left], vocab[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
 
 
 def _check_same(core: Core, ours: Tokenizer, file: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama.errors import TokenizerError
 from llama.tokenizer.base import SPACE_MARK
-from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, check_bytes
+from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, check_bytes, halves
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 Step = Mapping[str, Any]
@@ -155,11 +155,9 @@ def _places(merges: list[tuple[str, str]]) -> dict[str, int]:
 def _check_all_cuts(normal: set[str], merges: list[tuple[str, str]]) -> None:
     """SentencePiece joins any two tokens that spell a third: a file that lists only some of them differs."""
     listed = {(left, right) for left, right in merges if left in normal and right in normal}
-    for token in normal:
-        for cut in range(1, len(token)):
-            halves = token[:cut], token[cut:]
-            if halves[0] in normal and halves[1] in normal and halves not in listed:
-                raise _refusal(f"{halves[0]!r} and {halves[1]!r} make a token that its merges do not make of them")
+    for left, right in (pair for token in normal for pair in halves(token, normal)):
+        if (left, right) not in listed:
+            raise _refusal(f"{left!r} and {right!r} make a token that its merges do not make of them")
 
 
 def _space_prefix(spec: Step) -> bool:

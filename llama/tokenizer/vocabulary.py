@@ -6,13 +6,16 @@ Every tokenizer of ours gives one (`Tokenizer.vocabulary`); the GGUF export writ
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 from llama.errors import TokenizerError
 
 UNUSED_SCORE = -10000.0
+
+Token = TypeVar("Token", str, bytes)
 
 
 class Kind(IntEnum):
@@ -55,6 +58,36 @@ class Vocabulary:
     remarks: Sequence[str] = ()
 
 
+# -- merges ----------------------------------------------------------------------------------------
+
+
+def all_merges(order: Mapping[Token, float], ids: Mapping[Token, int]) -> list[tuple[Token, Token]]:
+    """Return every pair of tokens that spells a third, in the order in which pairs merge.
+
+    tiktoken and SentencePiece join whichever neighbours spell the token that comes first. So every way to cut a token
+    into two tokens is a merge at the token's place, not only the one that its training took.
+
+    Args:
+        order: the place of each token that merges are made of: its rank, or its score negated.
+        ids: of the tokens; pairs of one place come in the order of their ids.
+    """
+    found = [
+        (place, ids[left], ids[right], left, right)
+        for token, place in order.items()
+        for left, right in halves(token, order)
+    ]
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def halves(token: Token, known: Container[Token]) -> Iterator[tuple[Token, Token]]:
+    """Yield the ways to cut a token into two known ones."""
+    for cut in range(1, len(token)):
+        left, right = token[:cut], token[cut:]
+        if left in known and right in known:
+            yield left, right
+
+
 # -- byte-level ------------------------------------------------------------------------------------
 
 
@@ -72,23 +105,6 @@ _SPELLING = {byte: character for character, byte in BYTE_OF.items()}
 def spell(token: bytes) -> str:
     """A token's bytes in GPT-2's alphabet."""
     return "".join(_SPELLING[byte] for byte in token)
-
-
-def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[str]:
-    """The merges that act as tiktoken's ranks do.
-
-    tiktoken joins whichever neighbours spell the token of the lowest rank. So every way to cut a token
-    into two tokens is a merge, all of them at the token's place: not only the one that its training took.
-
-    Args:
-        ranks: token bytes to rank.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(ranks[left], ranks[right], left, right) for left, right in halves if left in ranks and right in ranks]
-        merges += [f"{spell(left)} {spell(right)}" for _, _, left, right in sorted(known)]
-    return merges
 
 
 # -- SentencePiece ---------------------------------------------------------------------------------

@@ -29,12 +29,12 @@ from gguf_judge import (
 from support import LLAMA3_ROPE, hf_model, meta_state, sp_twin, write_hf, write_meta
 
 from llama import Llama, load_tokenizer
-from llama.chat import Dialog, chat_format
+from llama.chat import Dialog
 from llama.checkpoint import rows
 from llama.checkpoint.convert import convert
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.table import specs
-from llama.data.templates import PlainFormat
+from llama.data.templates import FORMATS
 from llama.errors import LlamaError
 from llama.export import gguf as export
 from llama.export.gguf import TYPES
@@ -414,7 +414,11 @@ def test_the_chat_template_says_what_our_format_says(
     bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if name == "llama3" else ("<s>", "</s>")
     text = template.render(messages=dialog, bos_token=bos, eos_token=eos, add_generation_prompt=True)
     ids = model.tokenize(text.encode(), add_bos=False, special=True)
-    assert ids == (PlainFormat(tokenizer) if name == "plain" else chat_format(name, tokenizer)).encode(dialog)
+    assert ids == FORMATS[name](tokenizer).encode(dialog)
+
+
+def test_every_format_has_templates() -> None:
+    assert TEMPLATES.keys() == FORMATS.keys()
 
 
 def test_ids_and_modelfile(tmp_path: Path, open_gguf: Callable[..., Any]) -> None:
