@@ -1,4 +1,4 @@
-"""Softmax attention, and what decides which keys a query sees.
+"""Softmax attention, and the protocol of a context: whatever a pass attends to beside its own tokens.
 
 Shape legend: B batch, T tokens, S tokens seen, H query heads and K KV heads of this rank, D head_dim.
 """
@@ -12,21 +12,21 @@ from torch import Tensor
 
 
 class Context(Protocol):
-    """What the tokens of one forward pass see besides, or in place of, one another causally.
+    """The tokens that one forward pass attends to, where plain causal attention over its own does not do.
 
-    A cache of earlier tokens is one (`llama.cache`), examples that share their beginning are another
+    Two exist: a cache of earlier tokens (`llama.cache`), and a batch of examples that share their beginnings
     (`llama.finetuning.packing`).
     """
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """The mask of every layer's `attend` for tokens at `positions` [B, T]: [B or 1, 1, T, S] bool or None."""
+        """Return the mask for tokens at `positions` [B, T], the same in every layer: [B or 1, 1, T, S] bool or None."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of one layer: q [B, T, H, D], k and v [B, T, K, D] to [B, T, H * D]."""
+        """Return the attention of one layer: q [B, T, H, D], k and v [B, T, K, D] to [B, T, H * D]."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention of q [B, T, H, D] over k and v [B, K, S, D] to [B, T, H * D].
+    """Return softmax attention: q [B, T, H, D] over k and v [B, K, S, D] to [B, T, H * D].
 
     Args:
         mask: [B or 1, 1, T, S] bool, True where a query sees an entry; None for causal (T equals S).
@@ -34,7 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     batch, n_tokens, n_heads, _ = q.shape
     n_groups = k.shape[1]
     if n_tokens == 1:
-        # One token: the heads of a group become the queries of one head, and no key is copied.
+        # One token: the heads of a group become the queries of one head, so no key is copied.
         grouped = q.reshape(batch, n_groups, n_heads // n_groups, -1)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
         return out.reshape(batch, 1, -1)

@@ -1,10 +1,10 @@
-"""Keys and values of the tokens seen so far, sized to the request.
+"""The KV cache: keys and values of earlier tokens, sized to the request.
 
-A cache has slots, one a sequence, each with its own length: the entry of a token stands at the index
-of its position, and a query sees the entries up to its own position. Entries beyond a slot's length
-are leftovers that no query sees before they are written again.
+A cache has slots, one per sequence, each with its own length. A token's entry stands at the index of its position, and
+a query sees the entries up to its own position. Entries beyond a slot's length are stale: they are written again before
+any query sees them.
 
-Shape legend: B slots in use, T tokens, S entries a slot, K KV heads of this rank, D head_dim.
+Shape legend: B slots in use, T tokens, S entries per slot, K KV heads of this rank, D head_dim.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama.attention import attend
 
-# Tokens of one prefill pass: bounds activations, however long or many the prompts.
+# Tokens of one prefill pass at most: bounds the activations, however long or many the prompts are.
 PREFILL_TOKENS = 4096
 
 
@@ -24,8 +24,8 @@ class KVCache:
     Args:
         n_layers, n_kv_heads, head_dim: geometry of this rank's shard.
         n_slots: sequences at a time.
-        length: tokens a sequence.
-        device, dtype: those of the keys.
+        length: tokens per sequence.
+        device, dtype: of the keys and values.
     """
 
     def __init__(
@@ -50,30 +50,30 @@ class KVCache:
         return sum(entry.nbytes for entry in (*self.k, *self.v))
 
     def view(self, first: int = 0, visible: int | None = None, fresh: bool = False) -> CacheView:
-        """What one forward pass sees: a run of slots, up to some length.
+        """Return the part of the cache that one forward pass writes and reads.
 
         Args:
-            first: the slot of the batch's first row; the others follow.
-            visible: entries that the queries may look at; None for all.
-            fresh: the rows start at position 0, so they see nothing but themselves.
+            first: slot of the batch's first row; the other rows follow.
+            visible: entries that queries may see; None for all.
+            fresh: whether the rows start at position 0, so that they see nothing but themselves.
         """
         entries = torch.arange(self.length if visible is None else visible, device=self.k[0].device)
         return CacheView(self, first, entries, fresh)
 
     def rows(self, first: int, last: int) -> KVCache:
-        """The slots from `first` to `last` as a cache of their own, in the same memory."""
+        """Return the slots from `first` up to `last` as a cache that shares their memory."""
         part = object.__new__(KVCache)
         part.k, part.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
         part.n_slots, part.length = last - first, self.length
         return part
 
     def begin_with(self, prefix: KVCache) -> None:
-        """Copy the entries of a prefix, a cache of one slot, to the start of every slot."""
+        """Copy the entries of a prefix, itself a cache of one slot, to the start of every slot."""
         for own, shared in zip((*self.k, *self.v), (*prefix.k, *prefix.v), strict=True):
             own[:, :, : prefix.length] = shared
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` entries of one slot over another's."""
+        """Copy the first `length` entries of slot `source` over those of slot `target`."""
         for entries in (*self.k, *self.v):
             entries[target, :, :length] = entries[source, :, :length]
 
@@ -83,26 +83,26 @@ class CacheView:
 
     Args:
         cache, first, fresh: as in `KVCache.view`.
-        entries: indices of the entries that the queries may look at, [S] int64 from 0 on; a tensor, since its
-            length may change from pass to pass without another graph being compiled.
+        entries: indices of the entries that queries may see, [S] int64 from 0 on; a tensor, so that its length may
+            change from pass to pass without compiling another graph.
     """
 
     def __init__(self, cache: KVCache, first: int, entries: Tensor, fresh: bool) -> None:
         self.cache, self.first, self.entries, self.fresh = cache, first, entries, fresh
 
     def mask(self, positions: Tensor) -> Tensor | None:
-        """Which entries each query sees: [B, 1, T, S] bool; None for plain causal attention."""
+        """Return the mask: [B, 1, T, S] bool, True where a query sees an entry; None for plain causal attention."""
         if self.fresh:
             return None
         return (self.entries <= positions.unsqueeze(-1)).unsqueeze(1)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Keep k and v, and attend over all that the queries see: see `llama.attention.Context`."""
+        """Write k and v into the cache, and attend over the visible entries; see `llama.attention.Context`."""
         keys, values = self.update(layer, k, v, positions)
         return attend(q, keys, values, mask)
 
     def update(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, T, K, D] at `positions` [B, T]; return what the queries see, [B, K, S, D]."""
+        """Write k and v [B, T, K, D] at `positions` [B, T]; return the visible keys and values, each [B, K, S, D]."""
         slots = slice(self.first, self.first + k.shape[0])
         keys, values = self.cache.k[layer][slots], self.cache.v[layer][slots]
         rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)

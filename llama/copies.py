@@ -1,6 +1,6 @@
-"""Copies from host memory to a device, begun ahead of use, and how long they were waited for.
+"""Copies from host memory to a device, begun ahead of use, with a count of the time spent waiting for them.
 
-On CUDA they run on a stream of their own, from pinned memory; elsewhere they are done when `start` returns.
+On CUDA, copies run on a stream of their own, from pinned memory; elsewhere a copy is done when `start` returns.
 """
 
 from __future__ import annotations
@@ -15,38 +15,36 @@ from torch import Tensor
 
 from llama.errors import DeviceError
 
-# Pairs of events whose times may be outstanding before they are looked at.
+# Pairs of timing events that may pile up before their times are read.
 OUTSTANDING = 1024
 PORTABLE = 1  # cudaHostRegisterPortable: pinned for every card
 
 
 @dataclass
 class Overlap:
-    """How much of the copying was hidden behind other work.
+    """Totals of all copies: bytes, seconds, and the seconds not hidden behind other work.
 
     Args:
-        n_copies: copies.
-        n_bytes: bytes of them.
-        copying: seconds that they took.
-        waiting: seconds for which the device stood still until one was done.
+        n_bytes: bytes copied.
+        copying: seconds that copies took.
+        waiting: seconds for which the device was idle until a copy was done.
     """
 
-    n_copies: int = 0
     n_bytes: int = 0
     copying: float = 0.0
     waiting: float = 0.0
 
     @property
     def hidden(self) -> float:
-        """The part of the copying that nobody waited for, from 0 to 1."""
+        """The fraction of the copying time that nothing waited for, from 0 to 1."""
         return max(0.0, 1 - self.waiting / self.copying) if self.copying else 0.0
 
 
 class Copies:
-    """Copies that are done at once: what there is without CUDA.
+    """Copies that are done at once, as everywhere without CUDA.
 
     Attributes:
-        overlap: what was copied; complete after `settle`.
+        overlap: totals of all copies; complete after `synchronize`.
     """
 
     def __init__(self) -> None:
@@ -54,23 +52,19 @@ class Copies:
 
     @torch.no_grad()
     def start(self, target: Tensor, source: Tensor) -> Any:
-        """Begin to copy `source` over `target`; what is to be handed to `wait`."""
+        """Begin to copy `source` over `target`; return the handle to pass to `wait`."""
         started = time.perf_counter()
         target.copy_(source)
         seconds = time.perf_counter() - started
-        self._count(source)
+        self.overlap.n_bytes += source.nbytes
         self.overlap.copying += seconds
         self.overlap.waiting += seconds
 
     def wait(self, copy: Any) -> None:
-        """What is issued from here on finds the copy done."""
+        """Order everything issued from here on after the copy."""
 
-    def settle(self) -> None:
-        """Wait until all times are known."""
-
-    def _count(self, source: Tensor) -> None:
-        self.overlap.n_copies += 1
-        self.overlap.n_bytes += source.nbytes
+    def synchronize(self) -> None:
+        """Wait for all copies, so that `overlap` is complete."""
 
 
 class StreamedCopies(Copies):
@@ -88,27 +82,27 @@ class StreamedCopies(Copies):
 
     @torch.no_grad()
     def start(self, target: Tensor, source: Tensor) -> Any:
-        """See `Copies.start`; what was issued before may still read the target."""
+        """See `Copies.start`; the copy waits for work issued before, which may still read the target."""
         self.stream.wait_event(_mark(torch.cuda.current_stream(self.device)))
         with torch.cuda.stream(self.stream):
             begun = _mark(self.stream)
             target.copy_(source, non_blocking=True)
             done = _mark(self.stream)
-        self._count(source)
+        self.overlap.n_bytes += source.nbytes
         self._copying.append((begun, done))
         return done
 
     def wait(self, copy: Any) -> None:
-        """See `Copies.wait`: the stream waits, the caller does not."""
+        """See `Copies.wait`: the current stream waits, the caller does not."""
         stream = torch.cuda.current_stream(self.device)
         before = _mark(stream)
         stream.wait_event(copy)
         self._waiting.append((before, _mark(stream)))
         if len(self._waiting) > OUTSTANDING:
-            self.settle()
+            self.synchronize()
 
-    def settle(self) -> None:
-        """See `Copies.settle`."""
+    def synchronize(self) -> None:
+        """See `Copies.synchronize`."""
         torch.cuda.synchronize(self.device)
         self.overlap.copying += _seconds(self._copying)
         self.overlap.waiting += _seconds(self._waiting)
@@ -126,19 +120,19 @@ def _seconds(pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> float:
 
 
 class HostMemory:
-    """Main memory from which a device is fed: pinned for CUDA, else as any other.
+    """Main memory that is copied to a device: pinned for CUDA, ordinary for other devices.
 
     torch's own pinned allocator would round each size up to a power of two: up to twice the memory.
 
     Args:
-        nbytes: how much.
-        device: what is fed from it.
+        nbytes: size.
+        device: the device that the memory is copied to.
 
     Attributes:
         content: [nbytes] uint8.
 
     Raises:
-        DeviceError: when the system does not pin so much.
+        DeviceError: when the system refuses to pin that much.
     """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
@@ -151,7 +145,7 @@ class HostMemory:
                     f"the system would not pin {nbytes / 1e6:.0f} MB of main memory for a layer (CUDA error {error}): "
                     "offload fewer layers with --offload_layers"
                 )
-            # Called while `content` is still there; at the end of the program the driver does it.
+            # Runs before `content` is freed; at the end of the program the driver unpins by itself.
             weakref.finalize(self, _unpin, address).atexit = False
 
 

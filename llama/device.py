@@ -1,4 +1,4 @@
-"""Where and how finely to compute: device, dtype and threads, chosen by themselves or by name."""
+"""Device, dtype and threads to compute with: chosen automatically or by name."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16,
     "fp16": torch.float16, "float16": torch.float16, "f16": torch.float16, "half": torch.float16,
 }  # fmt: skip
-# A model this small gains nothing from 16 bit on a CPU, and fp32 is the same at every world size.
+# A model this small gains nothing from 16 bits on a CPU, and float32 gives the same text at every world size.
 SMALL_MODEL_BYTES = 1 << 30
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device of this rank: its own CUDA card, else MPS for one process, else the CPU.
+    """Return this rank's device: its own CUDA card, else MPS for one process, else the CPU.
 
     Args:
-        device: "auto", "cpu", "cuda" (each local rank its own card, shared when there are more
-            ranks than cards), "cuda:N" or "mps".
+        device: "auto", "cpu", "cuda" (one card per local rank, shared when there are more ranks than cards),
+            "cuda:N" or "mps".
 
     Raises:
-        DeviceError: when the device asked for is not there.
+        DeviceError: when the named device is not there.
     """
     if str(device) == "auto":
         if torch.cuda.is_available():
@@ -70,10 +70,10 @@ def _check_mps() -> None:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.dtype, n_params: int) -> torch.dtype:
-    """The dtype to compute in.
+    """Return the dtype to compute in.
 
-    "auto" is bfloat16 where the device has it natively, else float16 on CUDA and MPS and float32 on
-    a CPU. A CPU keeps float32 for weights stored so, and for models under 1 GiB of float32.
+    "auto" is bfloat16 where the hardware computes it, else float16 on CUDA and MPS and float32 on a CPU. A CPU also
+    keeps float32 for weights stored in float32, and for models under 1 GiB of float32.
 
     Args:
         dtype: "auto", "fp32", "bf16", "fp16" or a torch dtype.
@@ -96,11 +96,11 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, stored: torch.d
 
 
 def parse_dtype(name: str, known: str = "fp32, bf16, fp16") -> torch.dtype:
-    """The dtype of a name.
+    """Return the dtype called `name`.
 
     Args:
         name: a key of `DTYPES`.
-        known: what the message offers in its place.
+        known: the names that the error message offers.
 
     Raises:
         DeviceError: for an unknown name.
@@ -111,7 +111,7 @@ def parse_dtype(name: str, known: str = "fp32, bf16, fp16") -> torch.dtype:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed in hardware; `torch.cuda.is_bf16_supported` also counts emulation."""
+    """Return whether the hardware computes bfloat16; `torch.cuda.is_bf16_supported` also counts emulation."""
     if device.type == "cuda":
         return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":
@@ -121,10 +121,10 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def set_threads(threads: int | None = None) -> int:
-    """Share the machine's cores among its local ranks; torchrun alone would leave one thread to each.
+    """Set this rank's threads, and return their number; torchrun alone would leave one thread to each rank.
 
     Args:
-        threads: threads of this rank; None for the cores it may use divided by the local ranks.
+        threads: threads of this rank; None for the cores that this process may use, divided by the local ranks.
     """
     if threads is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -134,11 +134,11 @@ def set_threads(threads: int | None = None) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: of the card's allocator on CUDA, else of the process's resident set."""
+    """Return the peak in bytes: of the card's allocator on CUDA, else of the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        # The kernel's own mark of this program; getrusage would count the one that started it, too.
+        # The kernel's own high-water mark of this program; getrusage would include the program that started it.
         marks = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
         return next(int(words[1]) * 1024 for words in marks if words[0] == "VmHWM:")
     if sys.platform == "win32":
@@ -149,5 +149,5 @@ def peak_memory(device: torch.device) -> int:
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """What long sums are added up in: float64, which MPS does not have."""
+    """Return the dtype for long sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

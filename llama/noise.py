@@ -1,4 +1,4 @@
-"""Noise from a counter instead of a generator: a function of what it is for, the same at every world size.
+"""Noise from a counter instead of a generator: a pure function of its keys, the same at every world size.
 
 The mixing function is SplitMix64's (Steele, Lea and Flood, 2014).
 """
@@ -13,7 +13,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def noise_key(*values: int) -> int:
-    """A signed 64-bit key that depends on every one of some integers, and on their order."""
+    """Return a signed 64-bit key that depends on all of the integers and on their order."""
     key = 0
     for value in values:
         key = _mix((key + GOLDEN + value) & _MASK64)
@@ -21,35 +21,35 @@ def noise_key(*values: int) -> int:
 
 
 def _mix(x: int) -> int:
-    """`mix` on an unsigned Python integer."""
+    """Return `mix` of an unsigned Python integer."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
     return x ^ (x >> 31)
 
 
 def mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser of int64: neighbouring numbers come out unrelated."""
+    """Return SplitMix64's finaliser of each int64: neighbouring numbers come out unrelated."""
     x = (x ^ shift_right(x, 30)) * -4658895280553007687
     x = (x ^ shift_right(x, 27)) * -7723592293110705685
     return x ^ shift_right(x, 31)
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64: torch's own keeps the sign."""
+    """Return int64 shifted right logically; torch's own shift keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def dropped(key: Tensor, rows: Tensor, features: Tensor, p: float) -> Tensor:
-    """Which entries of a matrix dropout leaves out, each with probability `p`.
+    """Return the dropout mask of a matrix: True where an entry is left out, each with probability `p`.
 
     Args:
         key: of this matrix, int64 scalar.
-        rows: [N] int64, the rows' numbers; rows of one number are alike.
-        features: [F] int64, the columns' numbers in the whole matrix, of which this may be a part.
+        rows: [N] int64, a number per row; rows of equal number get the same mask.
+        features: [F] int64, each column's number in the whole matrix, of which this may be a part.
         p: in steps of 2**-32.
 
     Returns:
-        [N, F] bool, the same for a row and a feature in whatever part they are.
+        [N, F] bool. An entry depends on its row's and its feature's number alone, not on the part that holds both.
     """
     # Every row draws a hash function a * c + b, every feature its argument: pairwise independent (Dietzfelbinger,
     # 1996), at one multiplication of int32 an entry, where mixing each takes ten passes over int64.

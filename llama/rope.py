@@ -1,6 +1,6 @@
-"""Rotary position embedding (arXiv:2104.09864), interleaved as in Meta's weights.
+"""Frequencies and tables of the rotary position embedding (arXiv:2104.09864); `llama.ops.rotate` applies them.
 
-Shape legend: B batch, T tokens, H heads, D head_dim.
+Shape legend: B batch, T tokens, D head_dim.
 """
 
 import math
@@ -8,13 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from llama import lean
 from llama.config import ModelArgs, RopeScaling
-from llama.kernels import block
 
 
 def rope_frequencies(args: ModelArgs, device: torch.device | str | None = None) -> Tensor:
-    """Angle per position of each pair of features, scaled as `args.rope_scaling` says: [D/2] float32."""
+    """Return the angle per position of each pair of features, [D/2] float32, scaled by `args.rope_scaling`."""
     exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float32, device="cpu") / args.head_dim
     frequencies = 1.0 / (args.rope_theta**exponents)
     if args.rope_scaling is not None:
@@ -29,7 +27,7 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     wavelengths = 2 * math.pi / frequencies
     longest_kept = scaling.original_context / scaling.high_freq_factor
     shortest_slowed = scaling.original_context / scaling.low_freq_factor
-    # Between the two wavelengths the scaled and the unscaled frequency are blended.
+    # Between the two wavelengths, the scaled and the unscaled frequency are blended.
     span = scaling.high_freq_factor - scaling.low_freq_factor
     smooth = (scaling.original_context / wavelengths - scaling.low_freq_factor) / span
     blended = (1 - smooth) * slowed + smooth * frequencies
@@ -38,18 +36,6 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rope_table(frequencies: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines at `positions` [B, T]: two tensors [B, T, 1, D/2] in float32."""
+    """Return cosines and sines at `positions` [B, T]: two tensors [B, T, 1, D/2] float32."""
     angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
-
-
-def apply_rope(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring pairs of features of `x` [B, T, H, D] by the table's angles; computed in float32 at least."""
-    cos, sin = table
-    if block.serves(x) and cos.dtype == torch.float32:
-        return block.turn_pairs(x, cos, sin)
-    if not torch.compiler.is_compiling():
-        return lean.turn_pairs(x, cos, sin)
-    even, odd = lean.widened(x).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).type_as(x)

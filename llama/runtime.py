@@ -11,6 +11,7 @@ import torch
 
 from llama.checkpoint.load import cut_model, load_model
 from llama.checkpoint.source import Checkpoint, open_checkpoint
+from llama.checkpoint.table import n_unique_params, rank_params
 from llama.device import choose_device, choose_dtype, set_threads
 from llama.env import notice
 from llama.errors import LlamaError, TokenizerError, UsageError
@@ -114,7 +115,7 @@ class Opened:
 
         Every rank of the model makes this call, once the groups are started.
         """
-        n_bytes = self.partition.rank_params(0) * self.dtype.itemsize
+        n_bytes = rank_params(self.partition, 0) * self.dtype.itemsize
         pays = self.device.type == "cpu" and products.worth_building(n_bytes)
         if pays and products.serve(self.dtype, has_integers=self.scheme is not None):
             products.enable()
@@ -129,7 +130,7 @@ class Opened:
         files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
         integers = "" if self.scheme is None else f"{self.scheme.words()}, "
         return (
-            f"loaded {shown(checkpoint.path)} ({show_count(checkpoint.args.n_unique_params)} parameters, {files}) "
+            f"loaded {shown(checkpoint.path)} ({show_count(n_unique_params(checkpoint.args))} parameters, {files}) "
             f"in {seconds:.1f} s: "
             f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
@@ -176,7 +177,7 @@ def open_model(
     if scheme is not None and args.tied and scheme.embedding not in (None, scheme.output):
         notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(args, scheme, groups.model_size(model_parallel_size), options.tensor_split)
-    dtype = choose_dtype(options.dtype, device, checkpoint.dtype, args.n_unique_params)
+    dtype = choose_dtype(options.dtype, device, checkpoint.dtype, n_unique_params(args))
     check_offload(options.offload_layers, args.n_layers)
     return Opened(checkpoint, tokenizer, partition, device, dtype, n_threads, scheme, options)
 

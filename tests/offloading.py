@@ -41,3 +41,8 @@ def streaming(model: Transformer) -> Offload:
     offload = offload_of(model)
     assert offload is not None
     return offload
+
+
+def buffer_bytes(offload: Offload) -> int:
+    """Bytes of the buffers on the device."""
+    return sum(buffer.memory.nbytes for buffer in offload.buffers)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama.model import Transformer
+from llama.parallel.collectives import gather_last
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -35,6 +38,11 @@ GENERATIONS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DIM, N_LAYERS, N_HEADS, VOCAB = 64, 2, 8, 320
+
+
+def gather_logits(model: Transformer, logits: Tensor) -> Tensor:
+    """The whole vocabulary's logits on every rank: [..., V'] to [..., vocab_size]; no gradient."""
+    return gather_last(logits, model.partition.vocab, model.ranks)
 
 
 def hf_model(generation: str, seed: int = 0, **changes: Any) -> LlamaForCausalLM:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import RankPools
-from support import GENERATIONS, VOCAB, hf_model, meta_params, meta_state, write_meta
+from support import GENERATIONS, VOCAB, gather_logits, hf_model, meta_params, meta_state, write_meta
 from torch import Tensor
 
 from llama.checkpoint.load import load_model
@@ -95,7 +95,7 @@ def sharded_logits(folder: Path, tensor_split: str | None, tokens: Tensor) -> Te
     partition = Partition.create(checkpoint.args, ranks.world_size, tensor_split)
     model = load_model(checkpoint, partition, ranks, torch.float32)
     with torch.no_grad():
-        return model.gather_logits(model(tokens))
+        return gather_logits(model, model(tokens))
 
 
 @pytest.mark.parametrize(("world_size", "tensor_split"), CUTS)

@@ -9,7 +9,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from llama.config import ModelArgs, RopeScaling
-from llama.rope import apply_rope, rope_frequencies, rope_table
+from llama.ops import rotate
+from llama.rope import rope_frequencies, rope_table
 
 HEADS = 4
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ def test_turning_is_metas_complex_product() -> None:
     angles = positions.unsqueeze(-1) * frequencies
     turn = torch.polar(torch.ones_like(angles), angles).unsqueeze(2)
     expected = torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turn).flatten(-2)
-    torch.testing.assert_close(apply_rope(x, rope_table(frequencies, positions)), expected, **CLOSE)
+    torch.testing.assert_close(rotate(x, rope_table(frequencies, positions)), expected, **CLOSE)
 
 
 def test_turning_is_transformers_rotate_half_after_the_row_permutation() -> None:
@@ -95,22 +96,22 @@ def test_turning_is_transformers_rotate_half_after_the_row_permutation() -> None
     turned, _ = apply_rotary_pos_emb(halves, halves, cos, sin, unsqueeze_dim=2)
     expected = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
     table = rope_table(ours("llama3 by 32", 32, 500000.0), positions)
-    torch.testing.assert_close(apply_rope(x, table), expected, **CLOSE)
+    torch.testing.assert_close(rotate(x, table), expected, **CLOSE)
 
 
 def test_half_precision_is_turned_in_float32() -> None:
     x, positions = some_heads()
     table = rope_table(ours("default", 32, 10000.0), positions)
-    coarse = apply_rope(x.bfloat16(), table)
+    coarse = rotate(x.bfloat16(), table)
     assert coarse.dtype == torch.bfloat16
-    assert torch.equal(coarse, apply_rope(x.bfloat16().float(), table).bfloat16())
+    assert torch.equal(coarse, rotate(x.bfloat16().float(), table).bfloat16())
 
 
 def test_scores_depend_on_distance_alone() -> None:
     x, _ = some_heads()
     frequencies = ours("default", 32, 10000.0)
     near, far = (
-        [apply_rope(x, rope_table(frequencies, torch.full((2, 50), at + step))) for step in (0, 7)] for at in (3, 900)
+        [rotate(x, rope_table(frequencies, torch.full((2, 50), at + step))) for step in (0, 7)] for at in (3, 900)
     )
     torch.testing.assert_close((near[0] * near[1]).sum(-1), (far[0] * far[1]).sum(-1), atol=5e-3, rtol=0.0)
 

@@ -1,9 +1,9 @@
-"""LoRA (arXiv:2106.09685) over the sharded model: linears replaced by name, cut as their base is.
+"""LoRA (arXiv:2106.09685) over the sharded model: linears are replaced by name, and updates cut as their linears are.
 
-A column-parallel base holds A whole and its own rows of B; a row-parallel one its own columns of A and
-B whole. Either way the update joins the base's product before anything is summed over the ranks, so it
-costs no collective of its own. The halves that are whole meet only this rank's features, forward or
-backward: their gradients are partial sums (see `llama.parallel.trained`).
+Beside a column-parallel linear, a rank holds the whole A and its own rows of B; beside a row-parallel linear, its own
+columns of A and the whole B. The update is added to the linear's product before any sum over the ranks, so it costs no
+collective of its own. The whole halves are multiplied with this rank's features alone, forward or backward: their
+gradients are partial sums (see `llama.parallel.trained`).
 """
 
 from __future__ import annotations
@@ -17,29 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.adapters.adapter import LoraAdapter, check_fits, linears
-from llama.adapters.fold import fold
 from llama.checkpoint.table import Spec
 from llama.config import ModelArgs
 from llama.errors import AdapterError, UsageError
 from llama.model import Transformer
 from llama.noise import GOLDEN, dropped, mix, noise_key
-from llama.offload import offload_of
 from llama.parallel.collectives import reduce_from_ranks
 from llama.parallel.trained import Trained, own_part
 
 
 class _Dropout:
-    """Leaves features out, by a counter: the same ones at every world size and in a recomputation.
+    """Dropout by a counter: the same mask at every world size and in a recomputation.
 
     Args:
         p: probability of each feature.
         key: of this linear.
-        step: int64 scalar that all linears share, the number of the forward.
-        features: which of the whole input's features this rank has.
+        step: number of the forward pass, an int64 scalar that all linears share.
+        features: this rank's range of the whole input's features.
 
     Attributes:
-        rows: numbers of the rows of x, [N] int64, so that a text has its mask wherever in a batch it stands; None
-            counts them.
+        rows: a number per row of x, [N] int64, from which the row's mask follows, wherever in a batch the row stands;
+            None numbers the rows in order.
     """
 
     def __init__(self, p: float, key: int, step: Tensor, features: range) -> None:
@@ -48,11 +46,11 @@ class _Dropout:
         self._features = torch.arange(features.start, features.stop, device=step.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., F] to the same, unscaled."""
+        """Zero features of x [..., F]; the others are not scaled up."""
         key, rows = mix(self._step * GOLDEN + self._key), self.rows
         if rows is None:
             rows = torch.arange(x.numel() // max(1, x.shape[-1]), device=x.device)
-            key = mix(key + len(rows))  # so that passes of different lengths differ
+            key = mix(key + len(rows))  # passes of different lengths get different masks
         return x.masked_fill(dropped(key, rows, self._features, self.p).view(x.shape), 0.0)
 
 
@@ -60,11 +58,11 @@ class _LoraLinear(nn.Module):
     """A frozen linear and its update: base(x) + scaling * B A dropout(x).
 
     Args:
-        base: the linear that is replaced; a sharded one without bias, whose output stays on its rank.
-        a, b: the whole matrices, [r, in_features] and [out_features, r]; this rank's part is copied.
+        base: the linear that is replaced, sharded and without bias; its output is not gathered.
+        a, b: the whole matrices, [r, in_features] and [out_features, r], of which this rank's parts are copied.
         scaling: of the update.
-        dropout: in training; None for none.
-        device: where it is computed, which is not where an offloaded base lies.
+        dropout: applied in training; None for none.
+        device: where the update is computed, which an offloaded base's own device is not.
     """
 
     cut_dims: tuple[int | None, int | None]  # of A and of B
@@ -75,14 +73,14 @@ class _LoraLinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self._dropout = base, scaling, dropout
         parts = [own_part(whole, dim, base.cuts, base.ranks) for whole, dim in zip((a, b), self.cut_dims, strict=True)]
-        # Copies: the caller keeps its matrices, and no part drags the whole along.
+        # Copies: the caller keeps its matrices, and a part must not keep the whole matrix in memory.
         self.a, self.b = (
             nn.Parameter(part.detach().to(device, torch.float32, copy=True).contiguous()) for part in parts
         )
         self.train(base.training)
 
     def trained(self, name: str) -> Iterator[Trained]:
-        """A and B as what is trained of the linear `name`."""
+        """Yield A and B as the trained tensors of the linear `name`."""
         for letter, parameter, dim in zip("AB", (self.a, self.b), self.cut_dims, strict=True):
             cuts = () if dim is None else self.base.cuts
             yield Trained(f"{name}.lora_{letter}", parameter, self.base.ranks, dim, cuts, partial=dim is None)
@@ -93,7 +91,7 @@ class _LoraLinear(nn.Module):
             self._dropout.rows = rows
 
     def add_update(self, y: Tensor, x: Tensor) -> Tensor:
-        """`y`, the base's product on this rank, with the update of it."""
+        """Return `y`, this rank's product of the base with x, plus the update."""
         scaling = self.scaling
         if self.training and self._dropout is not None:
             x = self._dropout(x)
@@ -123,13 +121,13 @@ class RowLora(_LoraLinear):
 
 
 class Lora:
-    """The LoRA of a model: made by `add_lora` or `load_lora`.
+    """The LoRA of a model, as made by `add_lora` or `load_lora`.
 
     Args:
-        model: whose linears were replaced.
-        modules: what replaced them, by name, in the model's order.
-        adapter: what it is, but for the weights.
-        step: the counter of dropout that the modules share.
+        model: the model whose linears were replaced.
+        modules: the replacements by name, in the model's order.
+        adapter: rank, scaling and targets, without weights.
+        step: the dropout counter that the modules share.
     """
 
     def __init__(self, model: Transformer, modules: dict[str, _LoraLinear], adapter: LoraAdapter, step: Tensor) -> None:
@@ -137,37 +135,37 @@ class Lora:
         self._model, self._modules, self._adapter, self._step = model, modules, adapter, step
 
     def begin_step(self, step: int) -> None:
-        """Choose what dropout leaves out from here on.
+        """Set the dropout seed from here on.
 
         Args:
-            step: another number for every forward and backward, such as of the micro-batch. It stays until the
-                backward is done, which may recompute.
+            step: a different number for every forward and backward pass. It must stay until the backward is done, which
+                may recompute.
         """
         self._step.fill_(step)
 
     @property
     def n_virtual(self) -> int:
-        """No virtual tokens."""
+        """Number of virtual tokens: none."""
         return 0
 
     def embeddings(self) -> None:
-        """No virtual tokens, no embeddings."""
+        """Return None: there are no virtual tokens."""
         return
 
     def begin_pass(self, step: int, micro: int) -> None:
-        """Choose what dropout leaves out in batch `micro` of an optimiser step, in every copy of the model alike."""
+        """Set the dropout seed for micro-batch `micro` of an optimiser step, the same in every copy of the model."""
         self.begin_step((step << 20) + micro)
 
     def see(self, rows: Tensor) -> None:
-        """The numbers of the rows that come next, [N] int64: a row's mask follows from its number."""
+        """Set the keys of the next pass's rows, [N] int64: a row's dropout mask follows from its key."""
         for module in self._modules.values():
             module.number_rows(rows)
 
     def adapter(self, base_model: str | None = None) -> LoraAdapter:
-        """The whole matrices on the CPU, the same on every rank; a collective.
+        """Return the whole matrices on the CPU, the same on every rank; a collective call.
 
         Args:
-            base_model: name or path of the model; None for what was known of it.
+            base_model: name or path of the base model; None for the name that the adapter was loaded with.
         """
         whole = [trained.whole(trained.parameter).cpu() for trained in self.trained]
         weights = dict(zip(self._modules, zip(whole[::2], whole[1::2], strict=True), strict=True))
@@ -175,27 +173,9 @@ class Lora:
         return dataclasses.replace(self._adapter, weights=weights, base_model=named)
 
     def detach(self) -> None:
-        """Give the model its own linears back; what was trained stays here."""
+        """Put the model's own linears back; the trained matrices stay in this object."""
         for name, module in self._modules.items():
             _replace(self._model, name, module.base)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Fold the updates into this rank's weights, rounded once, and give the model its own linears back.
-
-        Raises:
-            AdapterError: when the weights are quantized; nothing is changed then.
-        """
-        for name, module in self._modules.items():
-            if not module.base.weight.is_floating_point():
-                raise AdapterError(f"{name} is quantized: fold the adapter in before quantizing, or run it unmerged")
-        for module in self._modules.values():
-            weight = module.base.weight
-            a, b = (part.to(weight.device) for part in (module.a, module.b))  # of a layer that is offloaded
-            weight.copy_(fold(weight, a, b, module.scaling))
-        if (offload := offload_of(self._model)) is not None:
-            offload.forget()
-        self.detach()
 
 
 def add_lora(
@@ -207,22 +187,22 @@ def add_lora(
     use_rslora: bool = False,
     seed: int = 0,
 ) -> Lora:
-    """Give a model a new LoRA that changes nothing yet; everything else is frozen.
+    """Give a model a new LoRA whose update is zero at first; everything else is frozen.
 
-    A is drawn as PEFT draws it, B is zero. Every rank draws the whole and keeps its part, so that a seed
-    means the same matrices at every world size.
+    A is drawn as in PEFT, B is zero. Every rank draws whole matrices and keeps its part, so that a seed gives the same
+    matrices at every world size.
 
     Args:
         model: this rank's shard; its linears are replaced.
         r: rank of the updates.
         alpha: numerator of their scaling.
-        targets: kinds of linears, as `resolve_targets` gives them.
-        dropout: probability with which a feature of x is left out, while the model is in training mode.
-        use_rslora: whether the scaling is alpha / sqrt(r).
+        targets: kinds of linears, as `resolve_targets` returns them.
+        dropout: probability with which a feature of x is left out while the model is in training mode.
+        use_rslora: whether the scaling is alpha / sqrt(r) rather than alpha / r.
         seed: of A and of dropout.
 
     Raises:
-        UsageError: for a value out of range, or no target.
+        UsageError: for a value out of range, or without targets.
         AdapterError: when the model has a LoRA already.
     """
     if r < 1:
@@ -244,11 +224,11 @@ def load_lora(model: Transformer, adapter: LoraAdapter, seed: int = 0) -> Lora:
 
     Args:
         model: this rank's shard; the linears that the adapter updates are replaced.
-        adapter: whole; each rank keeps its part.
+        adapter: whole matrices; each rank keeps its part.
         seed: of dropout.
 
     Raises:
-        AdapterError: when it was made for another model, or the model has a LoRA already.
+        AdapterError: when the adapter was made for another model, or the model has a LoRA already.
     """
     check_fits(adapter, model.args)
     pairs = ((name, adapter.weights[name]) for name in linears(model.args) if name in adapter.weights)
@@ -259,7 +239,7 @@ Pairs = Iterable[tuple[str, tuple[Tensor, Tensor]]]
 
 
 def _fresh(args: ModelArgs, wanted: dict[str, Spec], r: int, seed: int) -> Pairs:
-    """A and B of each linear in turn, whole."""
+    """Yield whole new A and B of each linear in turn."""
     numbers = _numbers(args)
     for name, spec in wanted.items():
         generator = torch.Generator().manual_seed(noise_key(seed, numbers[name], 0))
@@ -269,14 +249,14 @@ def _fresh(args: ModelArgs, wanted: dict[str, Spec], r: int, seed: int) -> Pairs
 
 
 def _numbers(args: ModelArgs) -> dict[str, int]:
-    """Each linear's number, whichever of them are updated."""
+    """Return the number of each linear by name; it does not depend on which linears are updated."""
     return {name: number for number, name in enumerate(linears(args))}
 
 
 def _attach(model: Transformer, frame: LoraAdapter, pairs: Pairs, seed: int) -> Lora:
-    """Replace linears one by one, so that only one pair is ever whole."""
+    """Replace linears one by one, so that only one whole pair of matrices exists at a time."""
     if any(isinstance(module, _LoraLinear) for module in model.modules()):
-        raise AdapterError("the model has a LoRA already: merge it or detach it before the next")
+        raise AdapterError("the model has a LoRA already: detach it before the next")
     model.requires_grad_(False)
     step = torch.zeros((), dtype=torch.int64, device=model.norm.weight.device)
     numbers, specs, modules = _numbers(model.args), linears(model.args), dict[str, _LoraLinear]()

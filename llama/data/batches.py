@@ -1,7 +1,7 @@
-"""Which examples a step learns from: an order that follows from the seed and the step's number alone.
+"""Batches: the examples of each step, as a function of the seed and the step's number alone.
 
-Nothing is remembered between steps, so a run that is resumed, or goes on at another number of ranks, takes
-the same examples in the same order. Indices are into the list of training examples.
+No state is kept between steps, so a run that is resumed, even at another number of ranks, sees the same examples in the
+same order. Indices point into the list of training examples.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ from llama.errors import DataError
 class Order:
     """The order of the training examples.
 
-    Every epoch is a permutation of its own. An optimiser step takes the next `batch_size * accumulation`
-    examples of it as up to `accumulation` batches. No step reaches into the next epoch: an epoch's last
-    step takes what is left, so it may have fewer batches, and its last batch fewer examples; none is left out
-    and none is taken twice.
+    Every epoch is a new permutation. An optimiser step takes the epoch's next `batch_size * accumulation` examples, as
+    up to `accumulation` batches. No step reaches into the next epoch: the last step of an epoch takes the rest, so it
+    may have fewer batches, and its last batch fewer examples. Every epoch has each example exactly once.
 
     Args:
-        n_examples: how many there are.
-        batch_size: examples of a batch, over all data-parallel replicas.
-        seed: what the permutations follow from, with the epoch.
+        n_examples: number of training examples.
+        batch_size: examples per batch, over all data-parallel replicas.
+        seed: of the permutations.
         accumulation: batches whose gradients make one step.
 
     Raises:
-        DataError: there is no example, or a size is below 1.
+        DataError: when there is no example, or a size is below 1.
     """
 
     n_examples: int
@@ -48,15 +47,11 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of an epoch."""
+        """Optimiser steps per epoch."""
         return -(-self.n_examples // (self.batch_size * self.accumulation))
 
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, that a step belongs to."""
-        return step // self.steps_per_epoch
-
     def step_batches(self, step: int) -> list[list[int]]:
-        """The batches of optimiser step `step`, counted from 0 over all epochs; none of them is empty."""
+        """Return the batches of optimiser step `step`, counted from 0 over all epochs; no batch is empty."""
         epoch, place = divmod(step, self.steps_per_epoch)
         per_step = self.batch_size * self.accumulation
         taken = _permutation(self.n_examples, self.seed, epoch)[place * per_step : (place + 1) * per_step]
@@ -67,15 +62,15 @@ def split_eval(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]
     """Set examples aside for evaluation.
 
     Args:
-        n: how many there are.
-        fraction: the part to set aside, in [0, 1); 0 sets none aside, any other at least one.
-        seed: which ones follows from it and from n.
+        n: number of examples.
+        fraction: the part to set aside, in [0, 1); 0 sets none aside, any other fraction at least one.
+        seed: of the choice, which depends on nothing else but n.
 
     Returns:
         Indices to train on and indices to evaluate on, each in ascending order.
 
     Raises:
-        DataError: the fraction is out of range, or nothing would be left to train on.
+        DataError: when the fraction is out of range, or nothing would be left to train on.
     """
     if not 0 <= fraction < 1:
         raise DataError(f"--eval_fraction is {fraction}: it must be at least 0 and below 1")
@@ -87,23 +82,22 @@ def split_eval(n: int, fraction: float, seed: int) -> tuple[list[int], list[int]
             f"--eval_fraction {fraction} of {n:,} examples sets {n_eval:,} aside and leaves none to train on: "
             "lower it, or set it to 0"
         )
-    # Epochs count from 0, so this permutation is none of theirs.
+    # Epochs count from 0, so this permutation differs from all of theirs.
     shuffled = _permutation(n, seed, -1)
     return sorted(shuffled[n_eval:]), sorted(shuffled[:n_eval])
 
 
 def shard(indices: Sequence[int], replica: int, n_replicas: int, lengths: Sequence[int] | None = None) -> list[int]:
-    """One data-parallel replica's share of a batch, in the batch's order.
+    """Return one data-parallel replica's share of a batch, in the batch's order.
 
-    The shares of all replicas make up the batch; they are balanced by tokens: the longest example first,
-    each goes to the replica with the fewest so far. A share is empty where the batch is smaller than the
-    number of replicas.
+    Each example belongs to one share. Shares are balanced by tokens: from the longest example on, each goes to the
+    replica with the fewest tokens so far. A share is empty where the batch has fewer examples than there are replicas.
 
     Args:
         indices: the batch.
-        replica: this one, from 0.
-        n_replicas: how many share the batch.
-        lengths: tokens of every example, by index; without them all count the same.
+        replica: number of this replica, from 0.
+        n_replicas: number of replicas.
+        lengths: tokens of every example, by index; None counts all examples as equal.
     """
     sizes = [1 if lengths is None else lengths[index] for index in indices]
     loads = [0] * n_replicas
@@ -116,8 +110,8 @@ def shard(indices: Sequence[int], replica: int, n_replicas: int, lengths: Sequen
 
 @functools.lru_cache(maxsize=2)
 def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of range(n)."""
+    """Return a permutation of range(n)."""
     generator = random.Random(f"{seed} {epoch}")
-    # Python promises that random() stays the same in later versions, and nothing of shuffle().
+    # Python guarantees random() across versions, but not shuffle().
     keys = [generator.random() for _ in range(n)]
     return tuple(sorted(range(n), key=keys.__getitem__))

@@ -20,10 +20,9 @@ from tqdm import tqdm
 
 from llama.chat import chat_format
 from llama.checkpoint.folders import check_space, partial_file
-from llama.checkpoint.load import settle_tie
 from llama.checkpoint.params import context_length
-from llama.checkpoint.rows import row_chunks
-from llama.checkpoint.source import Checkpoint, SourceTensor
+from llama.checkpoint.rows import SourceTensor, row_chunks
+from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import Spec
 from llama.config import ModelArgs
 from llama.env import is_speaker, notice
@@ -75,7 +74,7 @@ def export_gguf(
     _check_target(target, type_name, force)
     texts = templates.templates(chat_format("auto", tokenizer).name if chat == "auto" else chat)
     checkpoint.require_numbers("a GGUF file")
-    args = settle_tie(checkpoint)
+    args = checkpoint.held_args()
     vocabulary = _padded(tokenizer.vocabulary(), args.vocab_size)
     opening = ""
     if prompt is not None:

@@ -1,1 +1,1 @@
-"""Fine-tuning: soft prompts and LoRA over the sharded model, and the files that PEFT shares with us."""
+"""Fine-tuning of soft prompts and LoRA over the sharded model: settings, steps, the loop, logs and the run's folder."""

@@ -1,8 +1,8 @@
 """The same run under `transformers.Trainer`: the same model, data, optimiser and files, another loop.
 
-Trainer takes the ranks that torchrun started for copies of a model and would feed each of them other examples;
-ours share one model. So it is made while what torchrun left in the environment is hidden: each rank
-has a Trainer that believes to be alone, and all of them take the same batches.
+Under torchrun, Trainer treats every rank as a copy of the model and feeds each rank different examples; our ranks
+share one model. So Trainer is constructed while torchrun's environment variables are hidden. Each rank then runs a
+Trainer for a single process, and all ranks compute the same batches.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class HfTrainer(Trainer):
 
     def take_steps(self, log: RunLog | None) -> None:
         """See `Trainer.take_steps`."""
-        if self.n_done == self.n_steps:  # Trainer takes no steps left for no limit
+        if self.n_done == self.n_steps:  # Trainer reads max_steps=0 as no limit
             return
         notice("transformers' Trainer takes the steps")
-        hf_logging.set_verbosity_error()  # it wonders at process groups that are none of its own
+        hf_logging.set_verbosity_error()  # Trainer would warn of process groups that it did not start
         with _hidden(_TORCHRUN):
             loop = _Loop(self, log)
         loop.train()
@@ -53,7 +53,7 @@ def _hidden(names: tuple[str, ...]) -> Iterator[None]:
 
 
 class _Tuned(nn.Module):
-    """What Trainer sees of the model: the trained tensors. The rest stays where it is."""
+    """The model as Trainer sees it: the trained tensors alone, on the devices that they have."""
 
     def __init__(self, stepper: Stepper) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class _Tuned(nn.Module):
         self.trained = nn.ParameterList(tensor.parameter for tensor in stepper.tuning.trained)
 
     def to(self, *args: Any, **kwargs: Any) -> _Tuned:
-        """The ranks' devices are chosen already."""
+        """Do nothing: the device is chosen already."""
         return self
 
     def train(self, mode: bool = True) -> _Tuned:
@@ -70,7 +70,7 @@ class _Tuned(nn.Module):
 
 
 class _Loop(TransformersTrainer):
-    """Trainer over whole optimiser steps: an item of its data is a step's list of batches."""
+    """A Trainer of whole optimiser steps: an item of its data is the number of a step."""
 
     def __init__(self, run: Trainer, log: RunLog | None) -> None:
         settings, first = run.settings, run.n_done
@@ -86,7 +86,7 @@ class _Loop(TransformersTrainer):
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
-            use_cpu=True,  # it moves nothing: see _Tuned.to
+            use_cpu=True,  # Trainer moves nothing to a device: see _Tuned.to
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(
             run.optimizer, lambda step: settings.learning_rate(first + step, run.n_steps) / settings.lr
@@ -95,17 +95,17 @@ class _Loop(TransformersTrainer):
             model=_Tuned(run.stepper),
             args=arguments,
             optimizers=(run.optimizer, schedule),
-            callbacks=[_Told(self, log)],
+            callbacks=[_StepReporter(self, log)],
         )
-        self.remove_callback(PrinterCallback)  # it prints on every rank
+        self.remove_callback(PrinterCallback)  # this callback prints on every rank
 
     def get_train_dataloader(self) -> DataLoader:
-        """The steps that are left, in their order."""
+        """Return the numbers of the steps that are left, in order."""
         steps = range(self.run_.n_done, self.run_.n_steps)
         return DataLoader(steps, batch_size=1, collate_fn=lambda step: {"step": step[0]})  # type: ignore[arg-type]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of a step's batches; mean loss in nats over its learnt tokens."""
+        """Accumulate the gradients of a step's batches; return the mean loss over its learnt tokens, in nats."""
         self.started, self.lr = time.perf_counter(), self.run_.optimizer.param_groups[0]["lr"]
         model.train()
         batches, stepper = self.run_.batches(inputs["step"]), self.run_.stepper
@@ -122,13 +122,13 @@ class _Loop(TransformersTrainer):
         return total
 
 
-class _Told(TrainerCallback):
-    """Passes on what Trainer did to the run's log, evaluation and checkpoints."""
+class _StepReporter(TrainerCallback):
+    """A callback that reports each step to the run, which logs, evaluates and saves."""
 
     def __init__(self, loop: _Loop, log: RunLog | None) -> None:
         self.loop, self.log = loop, log
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Report a step that is done."""
         seconds = time.perf_counter() - self.loop.started
         self.loop.run_.step_done(self.log, self.loop.result, self.loop.lr, seconds)

@@ -1,8 +1,8 @@
-"""What a run shows and writes down as it goes: a bar, `metrics.jsonl`, TensorBoard, and a picture at the end.
+"""The log of a run: a progress bar, `metrics.jsonl`, TensorBoard, and a picture of the losses at the end.
 
-Only the speaking rank does any of it. A line of `metrics.jsonl` is a step (`step`, `epoch`, `loss` in nats, `lr`,
-`grad_norm`, `tokens`: the examples' own, padding and virtual ones not counted, `seconds`, `memory`: bytes at the
-peak on this rank) or an evaluation (`step`, `eval_loss`).
+Only the speaking rank logs. A line of `metrics.jsonl` is an evaluation (`step`, `eval_loss`) or a step: `step`,
+`epoch`, `loss` in nats, `lr`, `grad_norm`, `tokens` of the examples without padding and virtual tokens, `seconds`, and
+`memory`, this rank's peak in bytes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from llama.checkpoint.folders import replace_text
 from llama.env import notice
 
 METRICS, PICTURE, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
-# Lines that a run prints where no bar can be drawn.
+# Lines that a run prints where stderr is no terminal and so has no bar.
 N_LINES = 10
-# Steps over which the drawn training loss is averaged, as a part of the run.
+# Width of the window over which the drawn training loss is averaged, as a fraction of the run.
 SMOOTHING = 0.03
 
 
@@ -30,8 +30,8 @@ class RunLog:
     """The log of one run.
 
     Args:
-        folder: the run's.
-        n_done: steps done before; what was logged beyond them is dropped, since it will happen again.
+        folder: of the run.
+        n_done: steps done before; lines of later steps are dropped, since those steps run again.
         n_steps: steps of the whole run.
     """
 
@@ -63,17 +63,17 @@ class RunLog:
             )
 
     def evaluation(self, step: int, loss: float) -> None:
-        """Log a loss on the examples set aside."""
+        """Log the loss on the examples set aside, in nats."""
         self._write({"step": step, "eval_loss": loss})
         self.say(f"step {step}: eval loss {loss:.4f}")
 
     def say(self, text: str) -> None:
-        """A line for a person, above the bar."""
+        """Print a line for a person, above the bar."""
         self._bar.clear()
         notice(text)
 
     def close(self) -> None:
-        """Draw the losses and let go of the files."""
+        """Close the files and draw the losses."""
         self._bar.close()
         self._try(METRICS, self._file.close)
         if self._board is not None:
@@ -84,7 +84,7 @@ class RunLog:
             notice(f'{PICTURE} is not drawn: it needs matplotlib (pip install "llama-shards[plots]")')
 
     def _try(self, name: str, write: Callable[[], object]) -> None:
-        """Write what is there to look at; a full disk is no reason to lose a run, and its checkpoints tell of it."""
+        """Write a file of the log, or give it up on an error: a full disk must not end the run before a checkpoint."""
         if name in self._given_up:
             return
         try:
@@ -109,7 +109,7 @@ class RunLog:
 
 
 def _lines(path: Path, n_done: int) -> list[dict[str, Any]]:
-    """What an earlier part of the run logged of the steps that count; a line cut off by a kill is dropped."""
+    """Return the lines of an earlier part of the run, up to step `n_done`, without a line cut off by a kill."""
     if not path.exists():
         return []
     lines = []
@@ -129,13 +129,13 @@ def _board(folder: Path, n_done: int) -> Any:
     except ImportError:
         return None
     before = threading.excepthook
-    # Its thread would print a traceback of what the next line for it raises here again.
+    # Without this, the writer's thread prints a traceback of an error that `add_scalar` then raises here as well.
     threading.excepthook = lambda told: None if isinstance(told.exc_value, OSError) else before(told)
     return SummaryWriter(str(folder), purge_step=n_done + 1)
 
 
 def _left(lines: list[dict[str, Any]], n_steps: int) -> str:
-    """Time that the rest of the run takes at the pace of its last steps."""
+    """Return the time that the rest of the run takes at the pace of its last steps, as h:mm:ss."""
     recent = [line["seconds"] for line in lines[-50:] if "seconds" in line]
     seconds = round((n_steps - lines[-1]["step"]) * sum(recent) / len(recent))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
@@ -176,6 +176,6 @@ def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Means over a window that looks back, shorter at the start."""
+    """Return the mean of each value and those before it in a window, which is shorter at the start."""
     width = max(1, round(SMOOTHING * len(values)))
     return [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]

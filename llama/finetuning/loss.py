@@ -1,8 +1,8 @@
-"""Cross-entropy of the supervised places alone, over a vocabulary that lies cut across ranks.
+"""Cross-entropy of the supervised places alone, over a vocabulary that is cut across ranks.
 
-The output layer is frozen, so all that is needed of it backwards is the gradient of its input. That is
-computed together with the loss, piece by piece: the logits of a whole batch never exist, and none are
-gathered. As in Megatron (arXiv:1909.08053) and Liger Kernel (arXiv:2410.10989).
+The output layer is frozen, so its backward yields only the gradient of its input. Loss and gradient are computed
+together, piece by piece: the logits of a whole batch never exist, and no logits are gathered. As in Megatron
+(arXiv:1909.08053) and Liger Kernel (arXiv:2410.10989).
 
 Shape legend: M supervised places, E dim, V' this rank's part of the vocabulary.
 """
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.parallel.vocab import LOGIT_FLOATS, exponentials_, logits_of
+from llama.parallel.vocab import exponentials_, logits_of, loss_rows
 
 
 def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor, weights: Tensor, factor: float) -> Tensor:
-    """Weighted sum of the targets' negative log-probabilities, times `factor`: a scalar, the same on every rank.
+    """Return the weighted sum of the targets' negative log-probabilities, times `factor`: a scalar, equal on all ranks.
 
     Args:
-        model: whose output layer is asked; its weights get no gradient.
+        model: the model whose output layer computes the logits; its weights get no gradient.
         hidden: [M, E] in the model's dtype.
         targets: [M] int64.
         weights: [M] float32.
-        factor: of loss and gradient, such as one over the number of targets; a loss scale goes in here too,
-            so that small gradients survive float16.
+        factor: multiplies loss and gradient, such as one over the number of targets; it includes the loss scale, which
+            keeps small gradients from underflowing in float16.
     """
     return _CrossEntropy.apply(hidden, model, targets, weights, factor)
 
@@ -37,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, model: Transformer, targets: Tensor, weights: Tensor, factor: float
     ) -> Tensor:
-        rows = max(1, LOGIT_FLOATS // len(model.partition.vocab[model.ranks.rank]))
+        rows = loss_rows(model.partition.vocab)
         pieces = zip(hidden.split(rows), targets.split(rows), weights.split(rows), strict=True)
         losses, gradients = zip(
             *(_piece(model, *piece, factor, ctx.needs_input_grad[0]) for piece in pieces), strict=True
@@ -55,7 +55,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _piece(
     model: Transformer, hidden: Tensor, targets: Tensor, weights: Tensor, factor: float, wants_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss of some places, and its gradient by `hidden` (empty where none is wanted)."""
+    """Return the loss of some places, and its gradient by `hidden` (empty where none is wanted)."""
     with torch.set_grad_enabled(wants_gradient):
         entered = hidden.detach().requires_grad_(wants_gradient)
         logits = model.logits(entered)

@@ -1,9 +1,12 @@
-"""Training examples laid out so that what they share is computed once and next to nothing is padded.
+"""Packed batches: all examples in one row, with shared beginnings computed once and almost no padding.
 
-All tokens of a batch stand in one row: the soft prompt, then what every example begins with (a template's opening
-words), then what many of them begin with (each template's own words), then the rest of each example. Linears
-and norms see that row. Attention alone is done stretch by stretch (`llama.finetuning.packing`): a stretch sees its
-own tokens causally, and all of the shared stretches before it.
+The row holds the soft prompt, then the tokens that all examples begin with (a template's opening words), then those
+that many examples begin with (the rest of each template), then the rest of each example. Linears and norms run over
+the whole row. Attention runs stretch by stretch: a stretch's tokens see one another causally, and all of the shared
+stretches that precede them in their example.
+
+Shape legend: N tokens of the row, P virtual tokens, M supervised places, T tokens of a stretch, C tokens that a stretch
+sees before its own, H query heads, K KV heads, R = H / K, D head_dim.
 """
 
 from __future__ import annotations
@@ -20,16 +23,22 @@ from torch import Tensor
 from llama.data.examples import Example, n_common
 from llama.kernels.products import round_up
 
+# Shared tokens of one template, from which on they are worth a stretch of their own, which is one more attention call.
+SHORTEST_STEM = 8
+
 Span = tuple[int, int]
+
+
+# -- a packed batch --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Neighbouring tokens that see one another causally: what examples share, or the rest of an example.
+    """A run of tokens that see one another causally: a shared beginning, or the rest of one example.
 
     Args:
         start, stop: place in the row.
-        before: places of the stretches that it sees whole, in the order of their positions.
+        before: places of the earlier stretches that the tokens see in full, in the order of their positions.
     """
 
     start: int
@@ -38,11 +47,11 @@ class Stretch:
 
     @property
     def seen(self) -> tuple[Span, ...]:
-        """All that its tokens see, its own last."""
+        """Places of all stretches that the tokens see, their own last."""
         return (*self.before, (self.start, self.stop))
 
     def bias(self, n_repeats: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """What is added to the scores: [n_repeats * T, C + T], 0 where a query sees an entry, else minus infinity."""
+        """Return the mask to add to scores: [n_repeats * T, C + T], 0 where a query sees an entry, else -inf."""
         width = self.stop - self.start
         own = torch.full((width, width), float("-inf"), dtype=dtype, device=device).triu(1)
         before = own.new_zeros(width, sum(stop - start for start, stop in self.before))
@@ -56,13 +65,11 @@ class Packed:
     Args:
         tokens: ids behind the soft prompt, [1, N - P] int64.
         positions: [1, N] int64; every example's begin at 0 with the soft prompt.
-        stretches: in the order of the row, of which they cover all but some padding at its end.
-        supervised: places whose next token is learnt, [M] int64; one may occur with several next tokens.
-        targets: those next tokens, [M] int64.
-        weights: how many examples learn each of them, [M] float32; 0 for padding.
-        keys: of every place, [N] int64: a hash of its text up to there, the same in whatever batch it stands.
-        n_real: tokens that the plain computation would have without padding: every example's own, the virtual
-            ones not counted.
+        stretches: in the order of the row; they cover all of the row but the padding at its end.
+        supervised: places whose next token is learnt, [M] int64; a place occurs once for each next token.
+        targets: the next tokens, [M] int64.
+        weights: number of examples that learn each target, [M] float32; 0 for padding.
+        keys: a hash of the text up to each place, [N] int64: the same in every batch.
     """
 
     tokens: Tensor
@@ -72,41 +79,28 @@ class Packed:
     targets: Tensor
     weights: Tensor
     keys: Tensor
-    n_real: int
     _biases: list[Tensor] = field(default_factory=list)
 
-    @property
-    def n_targets(self) -> float:
-        """Tokens that are learnt, as often as examples learn them."""
-        return float(self.weights.sum())
-
-    @property
-    def n_computed(self) -> int:
-        """Tokens that pass through the model, virtual ones and padding included."""
-        return self.positions.shape[1]
-
-    @property
-    def padding(self) -> float:
-        """The part of padding in what is computed."""
-        return 1 - self.stretches[-1].stop / self.n_computed
-
     def mask(self, positions: Tensor) -> Tensor | None:
-        """No mask serves all tokens: every stretch has its own."""
+        """Return None: every stretch has a mask of its own."""
         return None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D], stretch by stretch."""
-        if not self._biases:  # the same in every layer
+        """Return attention stretch by stretch: q [1, N, H, D], k and v [1, N, K, D] to [1, N, H * D]."""
+        if not self._biases:  # made once: they are the same in every layer
             repeats = q.shape[2] // k.shape[2]
             self._biases += [stretch.bias(repeats, q.dtype, q.device) for stretch in self.stretches]
         return _Attention.apply(q[0], k[0], v[0], self.stretches, self._biases).unsqueeze(0)
 
 
-class _Attention(torch.autograd.Function):
-    """Softmax attention of all stretches as products of matrices.
+# -- attention over stretches ----------------------------------------------------------------------
 
-    Torch's fused kernel has a backward that takes four times as long on a CPU, and autograd over many small pieces
-    costs as much again. As there, the softmax is computed again in the backward and not kept.
+
+class _Attention(torch.autograd.Function):
+    """Softmax attention of all stretches, as matrix products.
+
+    The backward of torch's fused kernel takes four times as long on a CPU, and autograd over many small pieces costs as
+    much again. As in the fused kernel, the backward computes the softmax again instead of keeping it.
     """
 
     @staticmethod
@@ -128,7 +122,7 @@ class _Attention(torch.autograd.Function):
         queries, keys, values = ctx.saved_tensors
         slopes = _by_group(grads[0].unflatten(1, (-1, queries.shape[-1])), keys.shape[0])
         q_slope = torch.zeros_like(queries)
-        # What is shared is added to by every example: in float32 at least.
+        # Every example adds to the gradients of shared keys and values: sum in float32 at least.
         wide = torch.promote_types(keys.dtype, torch.float32)
         k_slope, v_slope = (torch.zeros_like(x, dtype=wide) for x in (keys, values))
         scale = queries.shape[-1] ** -0.5
@@ -144,61 +138,60 @@ class _Attention(torch.autograd.Function):
 
 
 def _by_group(x: Tensor, n_groups: int) -> Tensor:
-    """[N, K * R, D] to [K, R, N, D]."""
+    """Group heads by KV head: [N, K * R, D] to [K, R, N, D]."""
     return x.unflatten(1, (n_groups, -1)).permute(1, 2, 0, 3).contiguous()
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """[K, R, N, D] to [N, K * R, D]."""
+    """Undo `_by_group`: [K, R, N, D] to [N, K * R, D]."""
     return x.permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _own(x: Tensor, stretch: Stretch) -> Tensor:
-    """A stretch's rows of [K, R, N, D], all queries of a KV head in one matrix: [K, R * T, D]."""
+    """Return a stretch's rows of [K, R, N, D], all queries of a KV head in one matrix: [K, R * T, D]."""
     return x[:, :, stretch.start : stretch.stop].flatten(1, 2)
 
 
 def _put(x: Tensor, stretch: Stretch, values: Tensor) -> None:
-    """The way back of `_own`."""
+    """Write values [K, R * T, D] to a stretch's rows of x [K, R, N, D]: the reverse of `_own`."""
     x[:, :, stretch.start : stretch.stop] = values.unflatten(1, (x.shape[1], -1))
 
 
 def _seen(x: Tensor, stretch: Stretch) -> Tensor:
-    """What a stretch sees of [K, 1, N, D]: [K, C + T, D]."""
+    """Return the entries of [K, 1, N, D] that a stretch sees: [K, C + T, D]."""
     parts = [x[:, 0, start:stop] for start, stop in stretch.seen]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _add(x: Tensor, stretch: Stretch, values: Tensor) -> None:
-    """The way back of `_seen`, adding."""
+    """Add values [K, C + T, D] to the entries of x [K, 1, N, D] that a stretch sees: the reverse of `_seen`."""
     lengths = [stop - start for start, stop in stretch.seen]
     for (start, stop), part in zip(stretch.seen, values.split(lengths, dim=1), strict=True):
         x[:, 0, start:stop] += part
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """The softmax over what is seen: [K, R * T, C + T]."""
+    """Return the softmax of the scores of q [K, R * T, D] and k [K, C + T, D]: [K, R * T, C + T]."""
     return torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5).softmax(-1)
 
 
-# A template's own words are worth an attention call of their own from so many tokens on.
-SHORTEST_STEM = 8
+# -- packing ---------------------------------------------------------------------------------------
 
 
 def pack(examples: Sequence[Example], n_virtual: int, device: torch.device, share: bool = True) -> Packed:
-    """Lay a batch out.
+    """Pack a batch into one row.
 
     Args:
         examples: at least one.
         n_virtual: virtual tokens before every example's BOS.
-        device: where the tensors are made.
-        share: whether what examples have in common is computed once; off, only the soft prompt is.
+        device: of the tensors.
+        share: whether examples share their common beginnings; off, they share only the soft prompt.
     """
     return _Packer(examples, n_virtual, share).packed(device)
 
 
 class _Packer:
-    """Collects the row; `paths` says where each example's tokens ended up."""
+    """The row under construction; `paths` holds the places of each example's tokens."""
 
     def __init__(self, examples: Sequence[Example], n_virtual: int, share: bool) -> None:
         self.examples, self.n_virtual = examples, n_virtual
@@ -219,13 +212,13 @@ class _Packer:
             self._add_examples(members, stop, self._add_shared(members, range(n_shared, stop), before))
 
     def _common(self, members: Sequence[int]) -> int:
-        """How many tokens all of them begin with."""
+        """Return how many tokens all members begin with."""
         rows = [self.inputs[i] for i in members]
-        # What the first and the last in order share, all between them share.
+        # A beginning of both the first and the last in sorted order is a beginning of all between them.
         return n_common(min(rows), max(rows))
 
     def _branches(self, members: Sequence[int], at: int) -> list[list[int]]:
-        """Members by their token at `at`, those that stand alone together."""
+        """Return members grouped by their token at `at`; members that share it with nobody form one group."""
         branches: dict[tuple[int, ...], list[int]] = {}
         for i in members:
             branches.setdefault(self.inputs[i][at : at + 1], []).append(i)
@@ -236,7 +229,7 @@ class _Packer:
     def _add_shared(
         self, members: Sequence[int], run: range, before: tuple[Span, ...], place: int | None = None
     ) -> tuple[Span, ...]:
-        """Add the tokens `run` of the members' beginning, a stretch from `place` on; return what is seen after it."""
+        """Add tokens `run` of the members as a stretch that starts at `place`; return all spans seen after it."""
         place = len(self.positions) if place is None else place
         self._add_tokens(members, run)
         if len(self.positions) == place:
@@ -245,7 +238,7 @@ class _Packer:
         return self.stretches[-1].seen
 
     def _add_examples(self, members: Sequence[int], start: int, before: tuple[Span, ...]) -> None:
-        """Add the members' own tokens from `start` on."""
+        """Add each member's tokens from `start` on as a stretch of its own."""
         for i in members:
             if len(self.inputs[i]) > start:
                 place = len(self.positions)
@@ -279,5 +272,4 @@ class _Packer:
             targets=torch.tensor(targets, device=device),
             weights=torch.tensor([*learnt.values(), *[0] * n_idle], device=device, dtype=torch.float32),
             keys=torch.tensor([*self.keys, *[0] * n_pad], device=device),
-            n_real=sum(len(example.tokens) for example in self.examples),
         )

@@ -1,4 +1,4 @@
-"""Prompt tuning (arXiv:2104.08691): the only thing that is trained is what stands before the text."""
+"""Prompt tuning (arXiv:2104.08691): the embeddings of virtual tokens before the text are trained, nothing else."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from llama.tokenizer import Tokenizer
 
 
 class SoftPrompt:
-    """Virtual tokens' embeddings, float32, the same on every rank.
+    """A soft prompt: embeddings of virtual tokens, float32, the same on every rank.
 
     Args:
-        model: the frozen model that they stand before.
-        embeddings: [n_virtual_tokens, dim]; what they start from.
-        init_text: the text that they start from, if it was one.
+        model: the frozen model.
+        embeddings: the initial ones, [n_virtual_tokens, dim].
+        init_text: the text whose embeddings these are; None where they are not a text's.
     """
 
     def __init__(self, model: Transformer, embeddings: Tensor, init_text: str | None = None) -> None:
         self.init_text = init_text
         self.parameter = nn.Parameter(embeddings.detach().float().clone().to(model.ranks.device))
-        # Every rank sees the whole gradient: the residual stream's is summed over the ranks in each block.
+        # Every rank has the whole gradient: each block's backward sums the residual stream's over the ranks.
         self.trained = [Trained("prompt_embeddings", self.parameter, model.ranks)]
 
     @property
     def n_virtual(self) -> int:
-        """Virtual tokens."""
+        """Number of virtual tokens."""
         return self.parameter.shape[0]
 
     def embeddings(self) -> Tensor | None:
-        """What stands before every text, [P, dim] float32, with gradient."""
+        """Return the virtual tokens' embeddings, [P, dim] float32, with gradient."""
         return self.parameter
 
     def begin_pass(self, step: int, micro: int) -> None:
-        """Nothing here is random."""
+        """Do nothing: a soft prompt has no dropout."""
 
     def see(self, rows: Tensor) -> None:
-        """Nothing here depends on them."""
+        """Do nothing: a soft prompt has no dropout."""
 
     def adapter(self, base_model: str | None = None) -> PromptAdapter:
-        """The soft prompt as it is now, on the CPU."""
+        """Return a copy of the soft prompt on the CPU."""
         return PromptAdapter(self.parameter.detach().cpu().clone(), self.init_text, base_model)
 
 
 def initial_embeddings(model: Transformer, tokenizer: Tokenizer, n_virtual: int, text: str | None, seed: int) -> Tensor:
-    """What a soft prompt starts from, [n_virtual, dim] float32; a collective call.
+    """Return a soft prompt's initial embeddings, [n_virtual, dim] float32; a collective call.
 
     Args:
-        model: whose embedding table is read.
-        tokenizer: of the text.
-        n_virtual: virtual tokens.
-        text: its tokens' embeddings are taken, repeated or cut to `n_virtual` as in PEFT; None draws tokens of
-            the vocabulary by the seed (the paper's "sampled vocabulary": embeddings of the right size, where
-            PEFT's standard normals are fifty times as large as a Llama's).
+        model: the model whose embedding table is read.
+        tokenizer: encodes the text.
+        n_virtual: number of virtual tokens.
+        text: text whose tokens are looked up, repeated or cut to `n_virtual` as in PEFT; None draws tokens of the
+            vocabulary at random (the paper's "sampled vocabulary"). Embeddings of real tokens have the right size,
+            where PEFT's standard normals are fifty times as large as a Llama's embeddings.
         seed: of the draw.
 
     Raises:
-        UsageError: when the text has no token.
+        UsageError: when the text is blank.
     """
     if text is None:
         n_words = min(tokenizer.n_words, model.args.vocab_size)

@@ -1,4 +1,4 @@
-"""The folder of a run: what it was asked to do, its checkpoints, and which of them are kept.
+"""The folder of a run: its settings, its checkpoints and its result.
 
     saved/
       run.json                   settings, data and model of the run
@@ -7,8 +7,8 @@
       checkpoint-100/            an adapter, and state.pt: all that the run needs to go on from here
       metrics.jsonl, loss.png, tensorboard/
 
-Whatever is written takes its name only once it is whole: a run that is killed at any moment leaves its last
-checkpoint as it was.
+Files are written under another name and renamed once they are complete: a run that is killed at any moment leaves its
+last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a run needs to go on, whole tensors on the CPU: it does not depend on the number of ranks.
+    """All that a run needs to go on, in whole tensors on the CPU, so that any number of ranks can read it.
 
-    What looks random in a run (the order of the data, dropout) follows from its seed and the number of the
-    step, so that number is the state of every generator.
+    Everything random in a run (the order of the data, dropout) follows from the seed and the number of the step: there
+    are no generators whose state has to be kept.
 
     Args:
         step: optimiser steps done.
         tensors: "weights/NAME" and the optimiser's "exp_avg/NAME" and "exp_avg_sq/NAME" of every trained tensor.
-        n_updates: steps that the optimiser took; fewer where float16 overflowed.
-        scale: the loss scale and the steps since it changed.
-        best: lowest eval loss so far and its step, where there was one.
+        n_updates: updates of the optimiser, fewer than the steps where float16 overflowed.
+        scale: the loss scale, and the steps since it changed.
+        best: the lowest eval loss so far and its step; None before the first evaluation.
     """
 
     step: int
@@ -62,10 +62,10 @@ class TrainState:
 
 
 class RunFolder:
-    """See the module; only one process writes.
+    """The folder of a run, to which only one process writes.
 
     Args:
-        path: the folder; made when it is claimed.
+        path: the folder, which `claim` makes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,13 +74,13 @@ class RunFolder:
     # -- whose it is -------------------------------------------------------------------------------
 
     def check(self, description: Mapping[str, Any], resume: bool) -> None:
-        """Whether the run that `description` tells of may use the folder.
+        """Refuse a folder that the run described by `description` must not use.
 
         Raises:
-            TrainingError: another run's result is there, or with `resume` a run that was asked for something else.
+            TrainingError: when the folder holds something else, a run without `resume`, or a run of other settings.
         """
         self._check_place()
-        # All that a run killed as it began may leave is unfinished.
+        # A run that is killed as it begins leaves nothing but partial files.
         if not self.path.exists() or all(entry.name.endswith(PARTIAL) for entry in self.path.iterdir()):
             return
         if not (self.path / RUN_FILE).exists():
@@ -97,7 +97,7 @@ class RunFolder:
             raise TrainingError(f"{self.path} was started with other settings and cannot go on: {'; '.join(different)}")
 
     def _check_place(self) -> None:
-        """Whether the folder is there and open, or could be made."""
+        """Refuse a path that is no writable folder and cannot be made one."""
         place = self.path.resolve()
         while not os.path.lexists(place):
             place = place.parent
@@ -109,7 +109,7 @@ class RunFolder:
         raise TrainingError(f"--output_dir {self.path} cannot be made in {place}: {what}; choose another folder")
 
     def claim(self, description: Mapping[str, Any]) -> None:
-        """Make the folder this run's, and sweep out what an earlier part of it left half written."""
+        """Make the folder, remove partial files of an earlier part of the run, and write the run's description."""
         self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.glob(f"*{PARTIAL}"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -128,21 +128,21 @@ class RunFolder:
     # -- checkpoints -------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[int]:
-        """Steps of the checkpoints that are there, ascending."""
+        """Return the steps of the checkpoints in the folder, ascending."""
         if not self.path.exists():
             return []
         matches = (_CHECKPOINT.match(entry.name) for entry in self.path.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
     def folder(self, step: int) -> Path:
-        """Where the checkpoint of a step lies."""
+        """Return the path of a step's checkpoint."""
         return self.path / f"checkpoint-{step}"
 
     def save(self, state: TrainState, adapter: Adapter, args: ModelArgs, keep: int) -> None:
-        """Write a checkpoint, read it back, and drop the oldest beyond `keep`.
+        """Write a checkpoint, read it back, and drop all but the newest `keep`.
 
         Raises:
-            CheckpointError, AdapterError: nothing was changed, such as when the disk is full.
+            CheckpointError, AdapterError: when it cannot be written, such as to a full disk; nothing has changed then.
         """
         with partial_folder(self.folder(state.step)) as folder:
             write_adapter(folder, adapter, args)
@@ -153,7 +153,7 @@ class RunFolder:
                 "scale": list(state.scale),
                 "best": list(state.best) if state.best else None,
             }
-            # Serialised first: of a full disk the system tells, where torch would tell of its own writer.
+            # Serialised first: on a full disk, the system's error says so, where torch's own writer does not.
             buffer = io.BytesIO()
             torch.save(content, buffer)
             with (folder / STATE_FILE).open("wb") as file:
@@ -169,14 +169,14 @@ class RunFolder:
             write_adapter(folder, adapter, args)
 
     def save_result(self, adapter: Adapter, args: ModelArgs, use_best: bool) -> None:
-        """Put the run's result into its folder: the best adapter so far, or the one given."""
+        """Write the run's result to its folder: the best adapter so far, or `adapter`."""
         write_adapter(self.path, read_adapter(self.path / BEST, args) if use_best else adapter, args)
 
     def load(self, step: int) -> TrainState:
-        """A checkpoint's state.
+        """Return the state of a step's checkpoint.
 
         Raises:
-            TrainingError: when it is damaged.
+            TrainingError: when the file is damaged.
         """
         return _read_state(self.folder(step) / STATE_FILE)
 
@@ -186,7 +186,7 @@ def _read_state(path: Path) -> TrainState:
         found = torch.load(path, map_location="cpu", weights_only=True)
         best = tuple(found["best"]) if found["best"] else None
         return TrainState(found["step"], found["tensors"], found["n_updates"], tuple(found["scale"]), best)
-    # What torch.load says of a damaged file depends on where it is damaged.
+    # The error of torch.load depends on where a file is damaged.
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
         told = error.strerror if isinstance(error, OSError) else str(error).partition("\n")[0].partition(". ")[0]
         reason = told or type(error).__name__

@@ -1,7 +1,7 @@
 """One optimiser step: the loss of a batch, its gradient on every rank, one update.
 
-Ranks of one model compute the same batch; copies of the model share it out and sum their gradients, which
-are those of the trained tensors alone.
+The ranks of one model compute the same examples. Copies of the model each compute a share of the batch, and sum the
+gradients of the trained tensors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from llama.model import Transformer
 from llama.parallel import store
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
-from llama.parallel.trained import Trained, clip, gradient_norm, settle
+from llama.parallel.trained import Trained, clip, gradient_norm, sum_gradients
 
 # float16's smallest normal number is 6e-5: gradients are scaled up before they meet it (arXiv:1710.03740).
 FIRST_SCALE, GROWTH_STEPS = 2.0**16, 2000
@@ -39,29 +39,29 @@ class Tuning(Protocol):
 
     @property
     def n_virtual(self) -> int:
-        """Virtual tokens before every text."""
+        """Number of virtual tokens before every text."""
 
     def embeddings(self) -> Tensor | None:
-        """Their embeddings, [n_virtual, dim] float32, with gradient."""
+        """Return the virtual tokens' embeddings, [n_virtual, dim] float32 with gradient; None where there are none."""
 
     def begin_pass(self, step: int, micro: int) -> None:
-        """What is random in the next pass follows from these two numbers and `see`."""
+        """Set the dropout seed of the next forward and backward pass: micro-batch `micro` of optimiser step `step`."""
 
     def see(self, rows: Tensor) -> None:
-        """The numbers of the rows of the next pass, [N] int64: see `Packed.keys`."""
+        """Set the keys of the next pass's rows, [N] int64, from which each row's dropout follows; see `Packed.keys`."""
 
     def adapter(self, base_model: str | None = None) -> Adapter:
-        """What was learnt, whole; a collective call."""
+        """Return the trained tensors, whole, as an adapter; a collective call."""
 
 
 @dataclass
 class LossScale:
-    """The factor that keeps float16's gradients above its smallest number; 1 for other dtypes.
+    """The loss scale, which keeps gradients in float16 from underflowing; 1 for other dtypes.
 
     Args:
         value: the factor.
-        n_good: steps since it was last changed.
-        is_dynamic: whether it changes at all.
+        n_good: steps since the factor last changed.
+        is_dynamic: whether the factor changes at all.
     """
 
     value: float = 1.0
@@ -70,11 +70,11 @@ class LossScale:
 
     @classmethod
     def create(cls, dtype: torch.dtype) -> LossScale:
-        """The scale that a model computing in `dtype` starts with."""
+        """Return the scale that a model computing in `dtype` starts with."""
         return cls(FIRST_SCALE, 0, True) if dtype == torch.float16 else cls()
 
     def update(self, overflowed: bool) -> None:
-        """Halve it after an overflow, double it after many steps without one."""
+        """Halve the scale after an overflow, double it after many steps without one."""
         if not self.is_dynamic:
             return
         self.n_good = 0 if overflowed else self.n_good + 1
@@ -86,12 +86,12 @@ class LossScale:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step was.
+    """Loss, gradient norm and size of one step.
 
     Args:
         loss: mean over the batch's learnt tokens, in nats.
-        grad_norm: of the whole gradient, before clipping.
-        n_tokens: the examples' own tokens, in all copies of the model.
+        grad_norm: norm of the whole gradient, before clipping.
+        n_tokens: tokens of the batch's examples, without virtual tokens, over all copies of the model.
         skipped: whether float16 overflowed, so that nothing was updated.
     """
 
@@ -102,14 +102,14 @@ class StepResult:
 
 
 class Stepper:
-    """Takes optimiser steps on one model.
+    """A runner of optimiser steps on one model.
 
     Args:
         model: this rank's shard, frozen.
-        tuning: what is trained.
+        tuning: the method, which holds the trained tensors.
         optimizer: over the parameters of `tuning.trained`.
-        max_grad_norm: gradients of a larger norm are scaled down to it.
-        share: whether what examples have in common is computed once.
+        max_grad_norm: gradients of a larger norm are scaled down to this norm.
+        share: whether common beginnings of examples are computed once.
     """
 
     def __init__(
@@ -126,14 +126,14 @@ class Stepper:
         self.replicas = model.ranks.replicas or Ranks()
 
     def run(self, step: int, batches: Sequence[Sequence[Example]]) -> StepResult:
-        """Accumulate the gradients of `batches` (whole ones; every copy of the model takes its share) and update.
+        """Accumulate the gradients of `batches` and update.
 
         Args:
             step: number of the step, from 0.
-            batches: as many as are accumulated.
+            batches: the micro-batches, whole; each copy of the model computes its share of each.
 
         Raises:
-            TrainingError: when the loss or the gradient is no number; nothing was updated then.
+            TrainingError: when the loss or the gradient is not finite; nothing was updated then.
         """
         self.model.train()
         factor = self.scale.value / n_targets(example for batch in batches for example in batch)
@@ -147,7 +147,7 @@ class Stepper:
                 loss.backward()
                 total += loss.detach().to(total.dtype)
         loss_value = float(all_reduce(total, self.replicas)) / self.scale.value
-        settle(self.tuning.trained, self.model.ranks, self.replicas)
+        sum_gradients(self.tuning.trained, self.model.ranks, self.replicas)
         norm = gradient_norm(self.tuning.trained, self.model.ranks) / self.scale.value
         n_tokens = sum(len(example.tokens) for batch in batches for example in batch)
         result = StepResult(loss_value, norm, n_tokens, skipped=not math.isfinite(norm))
@@ -155,16 +155,16 @@ class Stepper:
         if not result.skipped:
             clip(self.tuning.trained, norm, self.max_grad_norm, scale=self.scale.value)
             self.optimizer.step()
-        self.scale.update(result.skipped)  # the gradients were those of the scale before
+        self.scale.update(result.skipped)  # last: these gradients carry the scale as it was
         return result
 
     def _share(self, batch: Sequence[Example]) -> list[Example]:
-        """What this copy of the model learns from a batch."""
+        """Return this copy's share of a batch."""
         lengths = [len(example.tokens) for example in batch]
         return [batch[i] for i in shard(range(len(batch)), self.replicas.rank, self.replicas.world_size, lengths)]
 
     def loss(self, examples: Sequence[Example], factor: float) -> Tensor:
-        """Sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
+        """Return the sum of the examples' negative log-probabilities times `factor`: a scalar with gradient."""
         packed = self.pack(examples)
         self.tuning.see(packed.keys)
         hidden = self.model.hidden(embeddings=self._embed(packed), positions=packed.positions, cache=packed)
@@ -173,9 +173,9 @@ class Stepper:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Sequence[Example]]) -> float:
-        """Mean loss over the learnt tokens of all batches, in nats; copies of the model share the batches out."""
+        """Return the mean loss per learnt token of all batches, in nats; copies of the model share the batches."""
         self.model.eval()
-        # The losses, and how many tokens they are of.
+        # The sum of the losses, and their number of tokens.
         device = self.model.ranks.device
         sums = torch.zeros(2, dtype=sum_dtype(device), device=device)
         for number, batch in enumerate(batches):
@@ -185,20 +185,20 @@ class Stepper:
         return loss / count
 
     def pack(self, examples: Sequence[Example]) -> Packed:
-        """The examples in one row, on this rank's device."""
+        """Return the examples packed into one row, on this rank's device."""
         return pack(examples, self.tuning.n_virtual, self.model.ranks.device, self.share)
 
     def _embed(self, packed: Packed) -> Tensor:
-        """[1, N, E] in the model's dtype: the soft prompt, where there is one, and the tokens."""
+        """Return the embeddings of the soft prompt, where there is one, and of the tokens: [1, N, E]."""
         text = self.model.tok_embeddings(packed.tokens)
         prompt = self.tuning.embeddings()
         return text if prompt is None else torch.cat((prompt.to(text.dtype).unsqueeze(0), text), dim=1)
 
     def check(self, result: StepResult, step: int) -> None:
-        """Whether a step may be taken.
+        """Refuse a step whose loss or gradient is not finite, unless the loss scale can still be lowered.
 
         Raises:
-            TrainingError: when its loss or gradient is no number, other than by float16's overflow.
+            TrainingError: naming the loss or the gradient, and the step.
         """
         if math.isfinite(result.loss) and (math.isfinite(result.grad_norm) or self._may_back_off()):
             return
@@ -213,15 +213,17 @@ class Stepper:
 
 
 def n_targets(examples: Iterable[Example]) -> int:
-    """Tokens that the examples teach."""
+    """Return how many tokens are learnt from the examples."""
     return sum(example.n_learnt for example in examples)
 
 
 def check_same_batch(batches: Sequence[Sequence[Example]], step: int) -> None:
-    """Whether all processes see the same examples, of which copies of the model take their shares: a collective call.
+    """Refuse to go on where processes have different examples; a collective call.
+
+    Ranks of one model that compute different examples train nothing at all.
 
     Raises:
-        TrainingError: when they differ, which would train no model at all.
+        TrainingError: naming the first rank that differs from rank 0.
     """
     seen = hashlib.sha256(repr([[example.tokens for example in batch] for batch in batches]).encode()).hexdigest()
     digests = store.exchange(seen)

@@ -1,4 +1,4 @@
-"""The loop: steps in their order, evaluations, checkpoints; a run that can be killed and goes on."""
+"""The training loop: optimiser steps, evaluations and checkpoints, from which a killed run goes on."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from llama.model import Transformer
 from llama.offload import is_offloaded
 from llama.parallel import groups
 
-# How often ranks of one model compare what they are about to learn from.
+# Steps after which ranks compare the batch that they are about to learn from.
 DIGEST_STEPS = 100
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Trainer:
-    """A run on one model. Every rank makes the same calls.
+    """A training run on one model. Every rank makes the same calls.
 
     Args:
         model: this rank's shard, frozen.
-        tuning: what is trained.
-        settings: how.
+        tuning: the method, which holds the trained tensors.
+        settings: of the run.
         examples, eval_examples: to learn from and to evaluate on.
-        folder: where everything is written.
-        base_model: name of the base for the adapter's file.
+        folder: the run's folder, to which everything is written.
+        base_model: name of the base model, for the adapter's files.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Trainer:
     # -- the loop ----------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Train from where the run stands to its end, and put the adapter into the run's folder.
+        """Train to the end of the run, and write the adapter to the run's folder.
 
         The result is the adapter of the lowest eval loss where examples were set aside, else the last one.
 
         Raises:
-            TrainingError: a loss that is no number; what was learnt before it is saved.
-            CheckpointError: a checkpoint that cannot be written; the one before it stays.
+            TrainingError: for a loss that is not finite; the state before that step is saved.
+            CheckpointError: for a checkpoint that cannot be written; the one before it is kept.
         """
         with self._log() as log:
             try:
@@ -81,13 +81,13 @@ class Trainer:
         self._finish()
 
     def _rescue(self) -> None:
-        """Save what was learnt before a step failed, unless the step before it spoilt that; earlier ones all stay."""
+        """Save the state before a failed step, unless its weights are not finite; no earlier checkpoint is dropped."""
         weights = [tensor.whole(tensor.parameter) for tensor in self.tuning.trained]
         if self.n_done > self.n_saved and all(bool(weight.isfinite().all()) for weight in weights):
             self.save(keep=self.settings.save_total_limit + 1)
 
     def take_steps(self, log: RunLog | None) -> None:
-        """Take the steps that are left; after each, `step_done`."""
+        """Take the steps that are left, and call `step_done` after each."""
         while self.n_done < self.n_steps:
             started = time.perf_counter()
             lr = self.settings.learning_rate(self.n_done, self.n_steps)
@@ -97,14 +97,14 @@ class Trainer:
             self.step_done(log, result, lr, time.perf_counter() - started)
 
     def batches(self, step: int) -> list[list[Example]]:
-        """The batches of a step, the same on every process: now and then they compare."""
+        """Return the batches of a step, the same on every process; processes compare them now and then."""
         batches = [[self.examples[i] for i in batch] for batch in self.order.step_batches(step)]
         if step % DIGEST_STEPS == 0:
             check_same_batch(batches, step)
         return batches
 
     def step_done(self, log: RunLog | None, result: StepResult, lr: float, seconds: float) -> None:
-        """Log a step; evaluate and save where it is time."""
+        """Log a step; evaluate and save where that is due."""
         if log is not None:
             log.step(self._line(self.n_done, result, lr, seconds))
         self.n_done += 1
@@ -128,7 +128,7 @@ class Trainer:
 
     def _evaluate(self, log: RunLog | None) -> None:
         size = self.settings.batch_size
-        # By length, so that a batch's rows are alike.
+        # By length, so that examples of a batch have similar lengths.
         examples = sorted(self.eval_examples, key=lambda example: len(example.tokens))
         loss = self.stepper.evaluate(examples[start : start + size] for start in range(0, len(examples), size))
         if not math.isfinite(loss):
@@ -144,7 +144,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _log(self) -> Iterator[RunLog | None]:
-        """The log on the rank that speaks, drawn and closed whatever happens."""
+        """Open the log on the speaking rank, None on others; it is closed, and the losses drawn, whatever happens."""
         log = None
         with groups.phase("log"):
             if is_speaker():
@@ -164,7 +164,7 @@ class Trainer:
     # -- state -------------------------------------------------------------------------------------
 
     def save(self, keep: int | None = None) -> None:
-        """Write a checkpoint of the steps done, and keep so many, by default as set; a collective call."""
+        """Write a checkpoint, and drop all but the newest `keep`, by default as set; a collective call."""
         state, adapter = self._state(), self.tuning.adapter(self.base_model)
         with groups.phase("checkpoint"):
             if is_speaker():
@@ -188,7 +188,7 @@ class Trainer:
         """Go on from a checkpoint, whatever the number of ranks that wrote it.
 
         Raises:
-            TrainingError: when it is not of this run.
+            TrainingError: when the checkpoint is of another run.
         """
         wanted = {f"weights/{tensor.name}" for tensor in self.tuning.trained}
         if wanted - state.tensors.keys():
@@ -209,16 +209,19 @@ class Trainer:
         self.best = state.best
 
 
+# -- optimiser, checkpointing, compiling -----------------------------------------------------------
+
+
 def make_optimizer(tuning: Tuning, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101) over what is trained."""
+    """Return AdamW (arXiv:1711.05101) over the trained tensors."""
     parameters = [tensor.parameter for tensor in tuning.trained]
     return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def checkpoint_blocks(model: Transformer) -> None:
-    """Keep only each block's input for the backward, and compute the rest of it again there (arXiv:1604.06174).
+    """Keep only each block's input for the backward, which computes the block again (arXiv:1604.06174).
 
-    Costs a second forward pass and its collectives. Blocks that are offloaded do so by themselves.
+    The price is a second forward pass and its collectives. Offloaded blocks are recomputed anyway and left as they are.
     """
     for block in model.layers:
         if is_offloaded(block):
@@ -227,9 +230,9 @@ def checkpoint_blocks(model: Transformer) -> None:
 
 
 def compile_blocks(model: Transformer) -> None:
-    """Compile each block's FFN and norms, of which one graph serves every length and every layer.
+    """Compile each block's FFN and norms; one graph serves every length and every layer.
 
-    Attention is left as it is: how many groups of examples it sees changes from step to step.
+    Attention is not compiled: its number of stretches changes from step to step.
     """
     for block in model.layers:
         for name in ("feed_forward", "attention_norm", "ffn_norm"):

@@ -1,8 +1,7 @@
-"""Running prompts through the model: slots, prefill, and one decode step for all of them.
+"""The engine: continuous batching of prompts over the slots of a KV cache, with prefill and decode steps.
 
-The unit is a slot. Every row of the running batch has its own position and length; rows that finish
-leave, waiting prompts take their place, and the rows in use always fill the first slots, so a step
-computes nothing for rows that are done.
+Every row of the running batch occupies a slot and has its own position and length. Rows that finish leave, and waiting
+prompts get their slots. The rows in use always fill the first slots, so that a step computes nothing for finished rows.
 
 Shape legend: B rows, T tokens, E dim, V' this rank's part of the vocabulary.
 """
@@ -27,23 +26,23 @@ from llama.parallel.vocab import log_probs_of
 
 FinishReason = Literal["stop", "length"]
 
-# Floats of one piece of logits when a whole prompt is scored.
-LOGIT_FLOATS = 16 << 20
+# Logits [B, T, V'] that a rank holds at a time while a whole prompt is scored piece by piece.
+MAX_SCORED_LOGITS = 16 << 20
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt and what is wanted of it.
+    """One prompt and the options of its completion.
 
     Args:
-        index: place among the prompts of the call, by which events name it.
+        index: the prompt's place in the call, by which events name it.
         prompt: token ids, at least one.
         max_new: tokens to generate at most.
-        sampling: how they are chosen.
+        sampling: the choice of tokens.
         stop_tokens: ids that end the text and are not part of it.
-        score_prompt: whether the prompt's own log-probabilities are wanted.
-        watch: told of each new token; True ends the text after it.
-        noise_index: the prompt's part of the noise's key.
+        score_prompt: whether to return the log-probabilities of the prompt's own tokens.
+        watch: called with each new token; True ends the text after that token.
+        noise_index: the prompt's part of the sampling noise's key.
     """
 
     index: int
@@ -62,10 +61,10 @@ class Event:
 
     Args:
         index: the prompt.
-        token: a new token, or None when only the end is told.
-        log_prob: of the token, natural logarithm.
+        token: a new token; None on an event without one.
+        log_prob: of the token, in nats.
         finish_reason: set on the prompt's last event.
-        prompt_log_probs: of the prompt's tokens, the first 0.0; on the first event, when wanted.
+        prompt_log_probs: of the prompt's tokens, in nats, 0.0 for the first; on the first event, where asked for.
     """
 
     index: int
@@ -77,7 +76,7 @@ class Event:
 
 @dataclass
 class Stats:
-    """Tokens and seconds of a run, prefill and decode apart."""
+    """Tokens and seconds of a run, of prefill and decode separately."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -98,18 +97,18 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Step:
-    """A decode step that was started; what it chose may not be known here yet.
+    """A decode step that was started; its tokens may not have reached the host yet.
 
     Args:
-        rows: for which it was started.
-        packed: what was chosen for them, on the device; see `sampling.chosen`.
+        rows: the rows that the step covers.
+        packed: the chosen tokens, on the device; see `sampling.chosen`.
     """
 
     rows: tuple[_Row, ...]
     packed: Tensor
 
     def tokens_of(self, rows: Sequence[_Row]) -> Tensor:
-        """What was chosen for some of its rows, [B, 1] int64."""
+        """Return the tokens chosen for some of the step's rows, [B, 1] int64."""
         places = {id(row): place for place, row in enumerate(self.rows)}
         order = [places[id(row)] for row in rows]
         tokens = chosen(self.packed)[0].unsqueeze(1)
@@ -143,17 +142,17 @@ class EngineOptions:
 
 @dataclass
 class Engine:
-    """Runs requests on one model. Every rank runs the same requests and sees the same events.
+    """A runner of requests on one model. Every rank runs the same requests and sees the same events.
 
     Args:
         model: this rank's shard.
-        n_drawable: token ids from here on are padding and never chosen.
-        prefix: keys and values of what stands before every prompt, such as a soft prompt: a full cache of
-            one slot. Prompts take the positions behind it.
+        n_drawable: token ids from here on are padding of the vocabulary and never chosen.
+        prefix: keys and values that precede every prompt, such as a soft prompt's: a full cache of one slot. Prompts
+            get the positions behind the prefix.
         compile: see `Steps`.
-        look_ahead: whether the next step is started before the host has seen what the last one chose, so that a
-            card never waits for the host; None for where there is a card. A row that turns out to have ended has
-            then made one step too many, whose token is dropped.
+        look_ahead: whether to start the next step before the host has the last step's tokens, so that a card never
+            waits for the host; None means on a card only. A row that has ended meanwhile has then run one step too
+            many, whose token is dropped.
     """
 
     model: Transformer
@@ -171,11 +170,11 @@ class Engine:
 
     @property
     def n_prefix(self) -> int:
-        """Positions that stand before every prompt."""
+        """Number of positions before every prompt."""
         return 0 if self.prefix is None else self.prefix.length
 
     def run(self, requests: Sequence[Request], max_batch_size: int) -> Iterator[Event]:
-        """Run all requests, at most `max_batch_size` at a time; events come as they happen."""
+        """Run all requests, at most `max_batch_size` at a time, and yield events as they happen."""
         waiting = deque(requests)
         rows: list[_Row] = []
         n_slots = min(len(waiting), max_batch_size)
@@ -196,7 +195,7 @@ class Engine:
             rows = _leave(rows, cache)
 
     def _next_group(self, waiting: deque[Request], n_free: int) -> list[Request]:
-        """The next requests that are prefilled in one pass: few enough tokens, at least one request."""
+        """Remove and return the requests of the next prefill pass: at least one, within `PREFILL_TOKENS`."""
         group = [waiting.popleft()]
         longest = len(group[0].prompt)
         while waiting and len(group) < n_free:
@@ -208,12 +207,12 @@ class Engine:
 
     @torch.inference_mode()
     def _prefill(self, rows: list[_Row], cache: KVCache, first: int) -> list[Event]:
-        """Run the prompts of new rows, which stand in the slots from `first` on, and choose a token for each."""
+        """Run the prompts of new rows, whose slots start at `first`, and choose each row's first token."""
         started = time.perf_counter()
         device = self.model.ranks.device
         prompts = [row.request.prompt for row in rows]
         n_tokens = max(map(len, prompts))
-        # Padding stands to the right: it is written behind a row's end, where no query looks.
+        # Padding is on the right: its entries lie behind a row's end, where no query sees them.
         padded = [[*prompt, *[0] * (n_tokens - len(prompt))] for prompt in prompts]
         tokens = torch.tensor(padded, device=device)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
@@ -249,15 +248,15 @@ class Engine:
                 row.finished = True
                 events.append(Event(request.index, finish_reason="length"))
             else:
-                events.append(self._take(row, *chosen[number]))
+                events.append(self._append_token(row, *chosen[number]))
         return events
 
     def _score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probability of each next token: hidden [B, T, E], targets [B, T or T - 1] to the latter's shape."""
+        """Return each target's log-probability: hidden [B, T, E] and targets [B, T or T - 1] to targets' shape."""
         ranks, cuts = self.model.ranks, self.model.partition.vocab
         hidden = hidden[:, : targets.shape[1]]
-        # Every rank takes pieces of the same size, so that their reductions meet.
-        step = max(1, LOGIT_FLOATS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
+        # Pieces have the same size on every rank, so that the ranks make the same collective calls.
+        step = max(1, MAX_SCORED_LOGITS // (hidden.shape[0] * max(len(cut) for cut in cuts)))
         scores = [
             log_probs_of(
                 self.model.logits(hidden[:, at : at + step]),
@@ -271,24 +270,24 @@ class Engine:
 
     @torch.inference_mode()
     def _decode(self, rows: list[_Row], cache: KVCache, more_come: bool) -> list[Event]:
-        """One token for every row."""
+        """Generate one token for every row."""
         started = time.perf_counter()
         step, self._ahead = self._ahead, None
         if step is None:
             tokens = torch.tensor([[row.token] for row in rows], device=self.model.ranks.device)
             step = self._start_step(rows, tokens, cache)
-        # While prompts wait, rows that end make room for them first.
+        # No look-ahead while prompts wait: they get the slots of rows that end in this step.
         if self.look_ahead and not more_come and all(row.n_new + 1 < row.request.max_new for row in rows):
             self._ahead = self._start_step(rows, step.tokens_of(rows), cache)
         found = zip(step.rows, _on_host(step.packed), strict=True)
         # A row may have ended after the step was started.
-        events = [self._take(row, *pair) for row, pair in found if not row.finished]
+        events = [self._append_token(row, *pair) for row, pair in found if not row.finished]
         self.stats.decode_tokens += len(events)
         self.stats.decode_seconds += time.perf_counter() - started
         return events
 
     def _start_step(self, rows: Sequence[_Row], tokens: Tensor, cache: KVCache) -> _Step:
-        """Run `tokens` [B, 1] of the rows and choose what follows; nothing waits for the result here."""
+        """Run `tokens` [B, 1] of the rows and choose the next ones, without waiting for the result."""
         positions = torch.tensor([[row.position] for row in rows], device=tokens.device)
         visible = 1 + max(row.position for row in rows)
         logits = self.steps.decode(tokens, positions, cache, visible)
@@ -297,17 +296,17 @@ class Engine:
         return _Step(tuple(rows), self._sample(rows, logits))
 
     def _choose(self, rows: list[_Row], hidden: Tensor) -> list[tuple[int, float]]:
-        """The next token of each row and its log-probability, from hidden [B, E]."""
+        """Return the next token of each row and its log-probability, from hidden [B, E]."""
         return _on_host(self._sample(rows, self.model.logits(hidden)))
 
     def _sample(self, rows: Sequence[_Row], logits: Tensor) -> Tensor:
-        """The next token of each row, from logits [B, V']: see `sampling.sample`."""
+        """Choose the next token of each row, from logits [B, V']; see `sampling.sample`."""
         ways = [(row.request.sampling, row.request.noise_index, row.position) for row in rows]
         batch = Batch.create(ways, logits.device)
         return sample(logits, batch, self.model.partition.vocab, self.n_drawable, self.model.ranks)
 
-    def _take(self, row: _Row, token: int, log_prob: float) -> Event:
-        """Give a row its new token; decide whether it ends there."""
+    def _append_token(self, row: _Row, token: int, log_prob: float) -> Event:
+        """Append a new token to a row, decide whether the row ends, and return the event."""
         request = row.request
         if token in request.stop_tokens:
             row.finished = True
@@ -323,19 +322,19 @@ class Engine:
 
 
 def _fewest_steps(requests: Sequence[Request], n_slots: int) -> int:
-    """Decode steps that are needed for so many slots, if no text ends early."""
+    """Return the least number of decode steps for the requests on `n_slots` slots, if no text ends early."""
     lengths = [max(0, request.max_new - 1) for request in requests]
     return max([0, *lengths, sum(lengths) // max(1, n_slots)])
 
 
 def _on_host(packed: Tensor) -> list[tuple[int, float]]:
-    """What was chosen for each row: token and log-probability."""
+    """Return each row's chosen token and its log-probability."""
     tokens, log_probs = chosen(packed.cpu())
     return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
 
 
 def _leave(rows: list[_Row], cache: KVCache) -> list[_Row]:
-    """The rows that go on, in the first slots: the last ones move into the places of those that left."""
+    """Remove finished rows, and move the last rows into their slots; return the rows that go on."""
     slot = 0
     while slot < len(rows):
         if not rows[slot].finished:

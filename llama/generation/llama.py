@@ -276,7 +276,7 @@ class Llama:
             yield StreamedToken(
                 number,
                 event.token,
-                watch.take(final=done),
+                watch.new_text(final=done),
                 event.log_prob,
                 event.finish_reason,
                 n_dropped=watch.n_dropped if done else 0,

@@ -1,10 +1,10 @@
-"""Choosing the next token, on logits that lie cut across ranks.
+"""Sampling of the next token, on logits that are cut across ranks.
 
-Each rank offers its best candidates, one all-gather brings them together, and what rank 0 chooses is
-broadcast. The whole vocabulary is gathered only when the candidates do not cover the nucleus.
+Each rank contributes its best candidates to one all-gather, and rank 0's choice is broadcast. The whole vocabulary is
+gathered only when the candidates do not cover the nucleus.
 
-Noise is a function of seed, prompt, position and token alone (the Gumbel-max trick with a counter
-instead of a generator), so a seed gives the same text in any batch and at any world size.
+The noise is a function of seed, prompt, position and token alone (the Gumbel-max trick with a counter instead of a
+generator), so a seed gives the same text in any batch and at any world size.
 
 Shape legend: B rows, V' this rank's part of the vocabulary, C candidates.
 """
@@ -22,7 +22,7 @@ from llama.noise import GOLDEN, mix, noise_key, shift_right
 from llama.parallel.collectives import all_gather, broadcast
 from llama.parallel.groups import Ranks
 
-# Candidates offered per rank for a nucleus without top_k, before more are asked for.
+# Candidates per rank for a nucleus without top_k, in the first round and in the second.
 NUCLEUS_CANDIDATES = (64, 1024)
 
 
@@ -55,32 +55,32 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Whether the best token is taken, without noise."""
+        """True where the most probable token is chosen, without noise."""
         return self.temperature == 0
 
     @property
     def restricted(self) -> bool:
-        """Whether only a part of the vocabulary may be drawn."""
+        """True where only a part of the vocabulary may be drawn."""
         return not self.greedy and (self.top_p < 1 or self.top_k is not None)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the rows of one step ask for, as tensors of [B] on the model's device."""
+    """The sampling parameters of one step's rows, as tensors of [B] on the model's device."""
 
     temperature: Tensor  # 1 where greedy
     top_p: Tensor
     top_k: Tensor  # the largest integer where there is no limit
-    noisy: Tensor  # rows that draw, rather than take the best
+    noisy: Tensor  # whether the row draws, rather than being greedy
     restricted: Tensor
     keys: Tensor  # int64, of seed, prompt and position
-    n_candidates: tuple[int | None, ...]  # how many to ask for, in turn; None for all
+    n_candidates: tuple[int | None, ...]  # candidates per rank in each round; None for the whole vocabulary
     all_greedy: bool
     any_free: bool  # whether a row may draw from the whole vocabulary
 
     @classmethod
     def create(cls, rows: Sequence[tuple[Sampling, int, int]], device: torch.device) -> Batch:
-        """From one (sampling, prompt index, position of the token to choose) a row."""
+        """Return the batch of rows given as (sampling, prompt index, position of the token to choose)."""
         ways = [way for way, _, _ in rows]
         nucleus = any(way.restricted and way.top_k is None for way in ways)
         top_k = max((way.top_k for way in ways if way.restricted and way.top_k), default=1)
@@ -108,7 +108,7 @@ def _column(values: Sequence[object], dtype: torch.dtype, device: torch.device) 
 
 
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise of each token: keys [B], ids [B, C] or [C] int64 to [B, C] float32."""
+    """Return standard Gumbel noise of each token: keys [B], ids [B, C] or [C] int64 to [B, C] float32."""
     x = mix(keys.unsqueeze(-1) + ids * GOLDEN)
     # In (0, 1), with full relative precision near 0, where the largest noise comes from.
     uniform = (shift_right(x, 11).to(torch.float32) + 0.5) * 2.0**-53
@@ -130,23 +130,23 @@ class Candidates:
 
 
 def chosen(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """What `sample` chose: tokens [B] int64 and their log-probabilities [B] float32 under the unscaled model."""
+    """Unpack `sample`'s result: tokens [B] int64 and their log-probabilities [B] float32 at temperature 1."""
     return packed[0].to(torch.int64), packed[1].view(torch.float32)
 
 
 def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int, ranks: Ranks) -> Tensor:
-    """Choose one token a row.
+    """Choose one token per row.
 
     Args:
         logits: [B, V'] float32, this rank's part.
-        batch: what each row asks for.
+        batch: the rows' sampling parameters.
         cuts: ids of every rank's part.
         n_drawable: ids from here on are padding of the vocabulary and never chosen.
-        ranks: those that share the model.
+        ranks: the ranks that share the model.
 
     Returns:
-        What `chosen` takes apart, [2, B] int32: one tensor, so that one transfer brings it to the host. It is the
-        same on every rank.
+        Tokens and log-probabilities for `chosen` to unpack, [2, B] int32, the same on every rank: one tensor, so that
+        one transfer brings both to the host.
     """
     own = cuts[ranks.rank]
     ids = torch.arange(own.start, own.stop, device=logits.device)
@@ -157,7 +157,7 @@ def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int,
         return _from_rank_0(found.ids[:, 0], found.logits[:, 0] - found.log_norm, ranks)
     scaled = drawable / batch.temperature.unsqueeze(-1)
     norms = torch.stack((logits, scaled)).logsumexp(-1)  # [2, B]
-    # Rows free to draw anything are perturbed at once; the others choose among their candidates.
+    # Unrestricted rows get their noise here; restricted rows get theirs in `_choose`, among their candidates.
     free = (batch.noisy & ~batch.restricted).unsqueeze(-1)
     scores = torch.where(free, scaled + gumbel(batch.keys, ids), scaled) if batch.any_free else scaled
     widest = max(len(cut) for cut in cuts)
@@ -175,12 +175,12 @@ def sample(logits: Tensor, batch: Batch, cuts: Sequence[range], n_drawable: int,
 def _gather_candidates(
     scores: Tensor, logits: Tensor, ids: Tensor, norms: Tensor, count: int, widest: int, ranks: Ranks
 ) -> Candidates:
-    """The best `count` tokens over all ranks, and the softmax denominators, in one all-gather.
+    """Return the best `count` tokens over all ranks, and the softmax denominators, by one all-gather.
 
-    From `widest` on, the largest part of the vocabulary that a rank holds, that is all tokens.
+    A `count` of `widest`, the largest part of the vocabulary that a rank holds, returns all tokens.
     """
     count = min(count, widest)
-    # Looking for one is several times faster than for the best so many.
+    # `max` is several times faster than `topk`.
     best, at = scores.max(-1, keepdim=True) if count == 1 else scores.topk(min(count, scores.shape[-1]))
     columns = torch.stack((best, logits.gather(-1, at), ids[at].to(torch.int32).view(torch.float32)))
     columns = torch.nn.functional.pad(columns, (0, count - columns.shape[-1]), value=-torch.inf)
@@ -190,18 +190,18 @@ def _gather_candidates(
     best, raw, bits = gathered[..., :-2].unflatten(-1, (3, count)).permute(2, 1, 0, 3).flatten(2)
     best, order = best.sort(dim=-1, descending=True, stable=True)
     if count < widest:
-        # Past the first `count` a rank may hold better tokens that it did not offer.
+        # Behind the first `count`, a rank may hold better tokens that are not among the candidates.
         best, order = best[:, :count], order[:, :count]
     tokens = bits.gather(-1, order).contiguous().view(torch.int32).to(torch.int64)
     return Candidates(best, raw.gather(-1, order), tokens, log_norm, log_norm_scaled)
 
 
 def _choose(found: Candidates, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Which candidate each row takes: [B], and whether its candidates covered what it may draw: [B]."""
+    """Return the index of each row's choice among its candidates, and whether they cover all it may draw: both [B]."""
     probs = (found.scores - found.log_norm_scaled.unsqueeze(-1)).exp()
     rank = torch.arange(probs.shape[-1], device=probs.device)
     in_top_k = rank < batch.top_k.unsqueeze(-1)
-    # top_p is a part of what top_k leaves.
+    # top_p is a fraction of the probability that top_k leaves.
     limited = (batch.top_k < 2**31 - 1).unsqueeze(-1)
     probs = torch.where(limited, probs * in_top_k / (probs * in_top_k).sum(-1, keepdim=True), probs)
     before = probs.cumsum(-1) - probs
@@ -216,5 +216,5 @@ def _choose(found: Candidates, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _from_rank_0(tokens: Tensor, log_probs: Tensor, ranks: Ranks) -> Tensor:
-    """Rank 0's choice on every rank: cards of different make may round differently."""
+    """Return rank 0's choice on every rank: cards of different models may round differently."""
     return broadcast(torch.stack((tokens.to(torch.int32), log_probs.contiguous().view(torch.int32))), ranks)

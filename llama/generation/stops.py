@@ -1,4 +1,4 @@
-"""The text of a prompt's new tokens as they come, ended by stop strings."""
+"""Incremental decoding of a prompt's new tokens, with stop strings."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from llama.tokenizer import Tokenizer
 
 
 class TextWatch:
-    """Decodes the new tokens of one prompt and watches for stop strings.
+    """A decoder of one prompt's new tokens, which watches for stop strings.
 
-    Text that may turn out to be the beginning of a stop string is held back until it is certain.
+    Text that may be the beginning of a stop string is held back until more tokens decide.
 
     Args:
         tokenizer: decodes the tokens.
-        stops: strings that end the text; they are not part of it.
-        prompt: tokens whose text comes first and is not searched for stop strings.
+        stops: strings that end the text and are not part of it.
+        prompt: tokens whose text comes first, without being searched for stop strings.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
@@ -30,7 +30,7 @@ class TextWatch:
         self.cut: int | None = None
 
     def push(self, token: int) -> bool:
-        """Take the next token; whether a stop string is complete now."""
+        """Add the next token; return whether a stop string is complete."""
         self._add(self._stream.push(token))
         self._ends.append(len(self._text))
         return self.cut is not None
@@ -43,8 +43,8 @@ class TextWatch:
         if found and self.cut is None:
             self.cut = min(found)
 
-    def take(self, final: bool = False) -> str:
-        """The text that has become certain since the last call; all of it when `final`."""
+    def new_text(self, final: bool = False) -> str:
+        """Return the text that has become certain since the last call; with `final`, all that is left."""
         if final and not self._flushed:
             self._flushed = True
             if self.cut is None:
@@ -57,7 +57,7 @@ class TextWatch:
         return delta
 
     def _held_back(self) -> int:
-        """Characters at the end that could be the beginning of a stop string."""
+        """Return how many characters at the end may be the beginning of a stop string."""
         for length in range(min(self._longest - 1, len(self._text)), 0, -1):
             if any(stop.startswith(self._text[-length:]) for stop in self._stops):
                 return length
@@ -65,7 +65,7 @@ class TextWatch:
 
     @property
     def n_dropped(self) -> int:
-        """Newest tokens that belong to the stop string, in part or whole."""
+        """Number of newest tokens that belong to the stop string, in part or in whole."""
         if self.cut is None:
             return 0
         return sum(end > self.cut for end in self._ends)

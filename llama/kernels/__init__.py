@@ -1,1 +1,1 @@
-"""Large matrices and products with them: packed forms, our CPU kernels, and torch where those do not serve."""
+"""CPU kernels and quantized matrices: packed formats, matrix products, shared memory between ranks."""

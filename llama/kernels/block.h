@@ -1,4 +1,4 @@
-// What a block computes between its matrices, each in one pass over memory: norm, rotation and SwiGLU. Arithmetic is in
+// The formulas between a block's matrices, each in one pass over memory: norm, rotation and SwiGLU. Arithmetic is in
 // float32; tensors are float32, float16 or bfloat16.
 //
 // Shape legend: B batch, T tokens, E dim, F FFN width, H heads, D head_dim.
@@ -14,7 +14,7 @@ namespace {
                                      AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)  \
                                      AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
 
-// e^x to within a few units in the last place, written so that compilers make vectors of it; x is held in [-87, 88].
+// e^x to within a few units in the last place, written for compilers to vectorise; x is clamped to [-87, 88].
 inline float fast_exp(float x) {
   const float bounded = std::min(std::max(x, -87.0f), 88.0f);
   const float whole = std::rint(bounded * 1.44269504f);
@@ -60,7 +60,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
 }
 
 template <typename T>
-void turn_row(const T* x, const float* cos, const float* sin, int64_t width, T* out) {
+void rotate_row(const T* x, const float* cos, const float* sin, int64_t width, T* out) {
 #pragma omp simd
   for (int64_t k = 0; k < width / 2; ++k) {
     const float even = widen(x[2 * k]), odd = widen(x[2 * k + 1]);
@@ -69,21 +69,22 @@ void turn_row(const T* x, const float* cos, const float* sin, int64_t width, T* 
   }
 }
 
-// Neighbouring pairs of features of x [B, T, H, D] turned by the angles of cos and sin [B, T, 1, D / 2] float32.
-at::Tensor turn_pairs(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
+// x [B, T, H, D] with neighbouring pairs of features rotated by the angles of cos and sin [B, T, 1, D / 2] float32
+// (arXiv:2104.09864).
+at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin) {
   if (x.numel() == 0) return at::empty_like(x);
   const int64_t n_heads = x.size(-2), width = x.size(-1), n_tokens = x.numel() / (n_heads * width);
   const auto rows = x.contiguous(), c = cos.contiguous(), s = sin.contiguous();
   TORCH_CHECK(cos.numel() == n_tokens * width / 2 && sin.numel() == cos.numel() && cos.scalar_type() == at::kFloat);
   const float *cosines = c.const_data_ptr<float>(), *sines = s.const_data_ptr<float>();
   auto y = at::empty_like(rows);
-  DISPATCH_FLOAT32(x.scalar_type(), "turn_pairs", [&] {
+  DISPATCH_FLOAT32(x.scalar_type(), "rotate", [&] {
     const auto* from = rows.const_data_ptr<scalar_t>();
     auto* to = y.mutable_data_ptr<scalar_t>();
     share_rows(n_tokens, rows.element_size() * n_heads * width, [&](int64_t first, int64_t last) {
       for (int64_t row = first * n_heads; row < last * n_heads; ++row) {
         const int64_t angle = row / n_heads * (width / 2);
-        turn_row(from + row * width, cosines + angle, sines + angle, width, to + row * width);
+        rotate_row(from + row * width, cosines + angle, sines + angle, width, to + row * width);
       }
     });
   });

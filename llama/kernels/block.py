@@ -1,6 +1,6 @@
-"""What a block computes between its matrices, each in one pass, on a CPU whose kernels are loaded; see `block.h`.
+"""Our CPU kernels of the formulas between a block's matrices, one pass over memory each; see `block.h`.
 
-They serve eager passes without gradient. Elsewhere the plain formulas stand, which these are held against.
+`llama.ops` decides when they run and has the plain formulas, which tests hold these against.
 
 Shape legend: B batch, T tokens, E dim, F FFN width, H heads, D head_dim.
 """
@@ -10,33 +10,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama.kernels import products
+from llama.kernels.products import has_gradient, is_enabled
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors."""
+    """Return whether the kernels take these tensors: on the CPU, of one dtype, eagerly and without gradient."""
     return (
-        products.is_enabled()
+        is_enabled()
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and not has_gradient(*tensors)
         and all(tensor.device.type == "cpu" and tensor.dtype == tensors[0].dtype for tensor in tensors)
         and tensors[0].dtype in DTYPES
     )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """See `llama.model.RMSNorm`: x [..., E] and weight [E] to [..., E]."""
+    """See `llama.ops.rms_norm`: x [..., E] and weight [E] to [..., E]."""
     return torch.ops.llama_shards.rms_norm(x, weight, eps)
 
 
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `llama.rope.apply_rope`: x [B, T, H, D] turned by [B, T, 1, D/2] float32."""
-    return torch.ops.llama_shards.turn_pairs(x, cos, sin)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `llama.ops.rotate`: x [B, T, H, D] rotated by cos and sin [B, T, 1, D/2] float32."""
+    return torch.ops.llama_shards.rotate(x, cos, sin)
 
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up` in the place of gate, both [..., F], rounded once (arXiv:2002.05202)."""
+    """Overwrite gate with `silu(gate) * up`, both [..., F], rounded once; return gate."""
     torch.ops.llama_shards.swiglu_(gate, up)
     return gate

@@ -1,7 +1,7 @@
-"""Build the C++ sources of this folder once for this machine, and load them; without a compiler it goes on without.
+"""The build of this folder's C++ kernels, once for each machine, and their loading.
 
-The library lies in a cache folder under a name that follows from the sources, the compiler's flags, torch
-and the processor. Nothing here is needed: everything has a way in plain torch.
+The library lies in a cache folder, under a hash of the sources, the compiler's flags, torch and the processor. The
+kernels are optional: where no compiler is found, everything runs in plain torch.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from llama.env import notice
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-# Sums may be taken in any order; quotients are exact, and infinities and NaN stay what they are.
+# Sums may be reordered; quotients stay exact, and infinities and NaN are kept.
 ANY_ORDER = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
 WIDE = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 FLAGS = ("-O3", "-march=native", *WIDE, "-fopenmp", *ANY_ORDER, "-std=c++20", "-shared", "-fPIC")
 
 
 def cache_folder() -> Path:
-    """Where built libraries lie: $LLAMA_SHARDS_CACHE, else a folder of the user's cache."""
+    """Return the folder of built libraries: $LLAMA_SHARDS_CACHE, else a folder in the user's cache."""
     own = os.environ.get("LLAMA_SHARDS_CACHE")
     if own:
         return Path(own)
@@ -38,19 +38,22 @@ def cache_folder() -> Path:
 
 
 def compiler() -> str | None:
-    """The C++ compiler of this machine: $CXX, else what is usual; None where there is none."""
+    """Return the path of the C++ compiler: $CXX, else g++, clang++ or c++; None where there is none."""
     names = (os.environ.get("CXX"), "g++", "clang++", "c++")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def can_build() -> bool:
-    """Whether this machine has what it takes to build the kernels."""
+    """Return whether this machine can build the kernels."""
     return platform.system() != "Windows" and compiler() is not None
 
 
 @cache
 def load_kernels() -> bool:
-    """Whether the kernels are there, built now if they were not; says in one line why they are not."""
+    """Load the kernels, and build them first where that was not done yet; return whether they are loaded.
+
+    Where they cannot be built, one line on stderr says why.
+    """
     if platform.system() == "Windows":
         return False
     tool = compiler()
@@ -87,17 +90,17 @@ def _built(tool: str) -> Path:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time: the first of several ranks compiles, and the others wait for what it makes."""
+    """Hold a lock file: the first of several ranks compiles, and the others wait for the library."""
     import fcntl  # not on Windows
 
     with path.open("w") as file:
-        with contextlib.suppress(OSError):  # a folder of several machines may know no locks
+        with contextlib.suppress(OSError):  # a network file system may have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _compile(command: list[str], target: Path) -> None:
-    """Beside its place, then renamed, so that nobody finds half a library."""
+    """Compile into a temporary folder, then rename, so that nobody finds half a library."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
         subprocess.run([*command, "-o", str(made), *_libraries()], check=True, capture_output=True, text=True)
@@ -119,7 +122,7 @@ def _libraries() -> list[str]:
 
 
 def _processor() -> str:
-    """What tells processors apart: -march=native means another one on each."""
+    """Return a text that tells processors apart, since -march=native compiles for this machine's own."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

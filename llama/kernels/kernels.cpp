@@ -15,7 +15,7 @@ TORCH_LIBRARY(llama_shards, library) {
   library.def("int8_pack(Tensor values, int start, int stop) -> (Tensor, Tensor)");
   library.def("int4_pack(Tensor values, int group) -> (Tensor, Tensor)");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  library.def("turn_pairs(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   library.def("swiglu_(Tensor(a!) gate, Tensor up) -> ()");
 #if defined(__linux__)
   library.def("segment_bytes(int world_size) -> int", &segment_bytes);
@@ -35,7 +35,7 @@ TORCH_LIBRARY_IMPL(llama_shards, CPU, library) {
   library.impl("int8_pack", &int8_pack);
   library.impl("int4_pack", &int4_pack);
   library.impl("rms_norm", &rms_norm);
-  library.impl("turn_pairs", &turn_pairs);
+  library.impl("rotate", &rotate);
   library.impl("swiglu_", &swiglu_);
 #if defined(__linux__)
   library.impl("shared_all_reduce", &shared_all_reduce);

@@ -1,4 +1,4 @@
-"""Large pages for large matrices: less time is lost looking up where memory lies when one streams through."""
+"""Huge pages for large matrices, which cost fewer address translations when a whole matrix is read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LEAST_BYTES = 4 << 20
 
 
 def prefer_huge_pages(tensor: Tensor) -> None:
-    """Ask Linux to back a tensor that nothing was written to yet with pages of 2 MiB; elsewhere, nothing.
+    """Ask Linux to back a tensor with pages of 2 MiB, before anything is written to it; elsewhere, do nothing.
 
-    Reading weights once, as a decode step does, was a tenth faster so (docs/speed.md). It is advice: a system that
-    does not follow it is as good as before.
+    Reading all weights once, as a decode step does, was a tenth faster with huge pages (docs/speed.md). The system may
+    ignore the advice.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < LEAST_BYTES:
         return

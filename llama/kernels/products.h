@@ -1,8 +1,8 @@
-// Products of a few rows with a large matrix on a CPU, at the speed at which memory gives up the matrix.
+// Products of a few rows with a large matrix on a CPU, at the speed at which memory delivers the matrix.
 //
-// One token's decode step reads every weight once and computes almost nothing, so what counts is that a row streams
-// through each core without a stop: one row of the matrix at a time, several sums under way, and a prefetch far enough
-// ahead. Sums are in float32. Integers are widened in registers; nothing of the activations is rounded.
+// One token's decode step reads every weight once and computes almost nothing, so each core must stream through its rows
+// without a stall: one row of the matrix at a time, several sums under way, and a prefetch far enough ahead. Sums are in
+// float32. Integers are widened in registers; activations are not rounded.
 //
 // Layouts (see llama/kernels/formats.py): int8 [N, K] with one scale a row; int4 [N, K / 2], where 16 bytes hold
 // 32 columns, byte j column j in its low half and column 16 + j in its high half, biased by 8, with a bfloat16 scale
@@ -165,10 +165,10 @@ struct Fixed {
   std::vector<float> scales;   // [K / 32, and some]
 
   Fixed(const float* x, int64_t n) : bytes(2 * n), start(n / 8), scales(n / BLOCK + 16) {
-    for (int64_t k = 0; k < n; k += BLOCK) take_block(x + k, k);
+    for (int64_t k = 0; k < n; k += BLOCK) round_block(x + k, k);
   }
 
-  void take_block(const float* x, int64_t k) {
+  void round_block(const float* x, int64_t k) {
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < BLOCK; ++j) largest = std::max(largest, std::abs(x[j]));
@@ -283,7 +283,7 @@ template <int64_t GROUP>
 at::Tensor int4_sums(const at::Tensor& x, const uint8_t* w, const at::BFloat16* scales, int64_t n_rows) {
   const int64_t columns = x.size(-1);
 #if defined(LLAMA_INTEGER_DOT)
-  // What is given in float32 is wanted in float32.
+  // Not for float32 activations: their products are computed in float32.
   if (x.scalar_type() != at::kFloat && columns % SPAN == 0) return int4_products<GROUP>(x, w, scales, n_rows);
 #endif
   const auto wide = x.to(at::kFloat).contiguous();

@@ -1,6 +1,6 @@
-"""Products of activations with large matrices: our kernels where they are built and serve, torch's elsewhere.
+"""Products of activations with large matrices: by our CPU kernels where they are loaded and fit, else by torch.
 
-A matrix is held in a dtype of numbers, or as packed integers with scales (see `llama.kernels.formats`).
+A matrix is held in a floating dtype, or as packed integers with scales (see `llama.kernels.formats`).
 
 Shape legend: M rows of x, N rows of the matrix, K columns.
 """
@@ -17,22 +17,24 @@ from torch import Tensor
 from llama.kernels.build import load_kernels
 from llama.kernels.formats import Form, dequantize, quantize, row_scales, to_int8
 
-# Rows of x up to which integers are multiplied as they are; beyond, widening them first costs less.
-FEW_ROWS = 16
-# Rows of a matrix that are widened at a time, few enough to stay in a cache until they are multiplied: of up to
-# LONG columns, and of more. oneDNN takes twice as long for some other numbers of rows, such as 512 (docs/speed.md).
-LONG, PIECE, LONG_PIECE = 4096, 1024, 256
-# Steps between a power of two and the next: a library of matrix products writes code for each length that it meets,
-# and keeps only so much of it.
-LENGTH_STEPS = 24
-# A smaller shard decodes in a few milliseconds a token as it is.
+# A smaller shard decodes in a few milliseconds per token without kernels.
 WORTH_BUILDING_BYTES = 256 << 20
+# Rows of x up to which packed integers are multiplied directly; for more rows, dequantizing first costs less.
+FEW_ROWS = 16
+# Rows of a matrix that are dequantized at a time, few enough to stay in a cache until they are multiplied: for matrices
+# of up to LONG columns, and of more. Some other numbers, such as 512, take oneDNN twice as long (docs/speed.md).
+LONG, PIECE, LONG_PIECE = 4096, 1024, 256
+# Lengths from one power of two to the next that `round_up` returns.
+LENGTH_STEPS = 24
 
 _loaded = False
 
 
+# -- loading the kernels ---------------------------------------------------------------------------
+
+
 def enable() -> bool:
-    """Build and load the kernels, if this machine can; whether they are there."""
+    """Build and load the kernels where this machine can; return whether they are loaded."""
     global _loaded
     if not _loaded and load_kernels():
         _register_shapes()
@@ -41,36 +43,50 @@ def enable() -> bool:
 
 
 def is_enabled() -> bool:
-    """Whether the kernels are in use."""
+    """Return whether the kernels are loaded."""
     return _loaded
 
 
 def serve(dtype: torch.dtype, has_integers: bool) -> bool:
-    """Whether there are kernels for a model computed in `dtype`, or one that has integers for weights."""
+    """Return whether there are kernels for a model computed in `dtype`, or with quantized weights."""
     return has_integers or dtype == torch.bfloat16
 
 
 def worth_building(n_bytes: int) -> bool:
-    """Whether a shard of so many bytes is large enough for kernels to gain more than building them takes."""
+    """Return whether the kernels save more time on a shard of `n_bytes` than building them takes."""
     return n_bytes >= WORTH_BUILDING_BYTES
 
 
-def round_up(length: int) -> int:
-    """The next length that is used: at most 1 / LENGTH_STEPS more."""
-    step = max(1, 2 ** (length.bit_length() - 1) // LENGTH_STEPS)
-    return step * -(-length // step)
+@cache
+def _register_shapes() -> None:
+    """Tell torch.compile the shapes of the kernels' results."""
+
+    def product(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+    for name in ("bf16_row", "int8_linear", "int4_linear"):
+        torch.library.register_fake(f"llama_shards::{name}", product)
+    for name, per_byte in (("int8_values", 1), ("int4_values", 2)):
+
+        def numbers(packed: Tensor, scales: Tensor, like: Tensor, per_byte: int = per_byte) -> Tensor:
+            return like.new_empty(packed.shape[0], per_byte * packed.shape[1])
+
+        torch.library.register_fake(f"llama_shards::{name}", numbers)
+
+
+# -- products --------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W^T`: x [..., K] and weight [N, K] to [..., N]."""
-    if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not _has_gradient(x, weight):
+    """Return `x W^T`: x [..., K] and weight [N, K] to [..., N]."""
+    if _loaded and _is_one_row(x) and x.dtype == weight.dtype == torch.bfloat16 and not has_gradient(x, weight):
         return torch.ops.llama_shards.bf16_row(x, weight)
     return F.linear(x, weight)
 
 
 def packed_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
-    """`x W^T` where W is held as integers: x [..., K] to [..., N]; see `llama.kernels.formats`."""
-    if _has_gradient(x):
+    """Return `x W^T` for a W of packed integers: x [..., K] to [..., N]; see `llama.kernels.formats`."""
+    if has_gradient(x):
         return _PackedLinear.apply(x, packed, scales)
     if _loaded and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]:
         kernel = (
@@ -80,46 +96,22 @@ def packed_linear(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
     return _in_pieces(x, packed, scales)
 
 
-def pack(rows: Tensor, form: Form, columns: slice = slice(None)) -> tuple[Tensor, Tensor]:
-    """Rows [N, K] float32 rounded to the nearest: the packed integers of some columns, and their scales.
-
-    int8's scales are those of the whole rows, whatever columns are wanted.
-    """
-    if _loaded and rows.device.type == "cpu":
-        if form.kind == "int4":
-            return torch.ops.llama_shards.int4_pack(rows[:, columns], form.group_size)
-        start, stop, _ = columns.indices(rows.shape[1])
-        return torch.ops.llama_shards.int8_pack(rows, start, stop)
-    if form.kind == "int4":
-        return quantize(rows[:, columns], form)
-    scales = row_scales(rows)
-    return to_int8(rows[:, columns], scales), scales
-
-
-def values(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The numbers that integers stand for, [N, K]."""
-    if _loaded and packed.device.type == "cpu":
-        kernels = torch.ops.llama_shards
-        widen = kernels.int8_values if packed.dtype == torch.int8 else kernels.int4_values
-        return widen(packed, scales, torch.empty(0, dtype=dtype))
-    return dequantize(packed, scales, dtype)
-
-
 def _is_one_row(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() == x.shape[-1]
 
 
-def _has_gradient(*tensors: Tensor) -> bool:
+def has_gradient(*tensors: Tensor) -> bool:
+    """Return whether autograd records an operation on these tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def piece_rows(n_columns: int) -> int:
-    """Rows that are widened at a time."""
+    """Return how many rows are dequantized at a time."""
     return PIECE if n_columns <= LONG else LONG_PIECE
 
 
 def _pieces(packed: Tensor) -> list[slice]:
-    """Runs of rows of a matrix that are widened one after another."""
+    """Return the runs of rows of a matrix that are dequantized one after another."""
     n_rows, step = packed.shape[0], piece_rows(packed.shape[1] * (1 if packed.dtype == torch.int8 else 2))
     return [slice(first, min(first + step, n_rows)) for first in range(0, n_rows, step)]
 
@@ -130,7 +122,7 @@ def _in_pieces(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """The backward widens the matrix again: nothing of it is kept in full."""
+    """The product with packed integers; the backward dequantizes again, so that the whole matrix never exists."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
@@ -150,18 +142,41 @@ class _PackedLinear(torch.autograd.Function):
         return total, None, None
 
 
-@cache
-def _register_shapes() -> None:
-    """What torch.compile needs to know: the shapes that the kernels give."""
+# -- packed matrices -------------------------------------------------------------------------------
 
-    def product(x: Tensor, weight: Tensor, *_: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    for name in ("bf16_row", "int8_linear", "int4_linear"):
-        torch.library.register_fake(f"llama_shards::{name}", product)
-    for name, per_byte in (("int8_values", 1), ("int4_values", 2)):
+def pack(rows: Tensor, form: Form, columns: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Round rows [N, K] float32 to the nearest; return the packed integers of `columns`, and their scales.
 
-        def numbers(packed: Tensor, scales: Tensor, like: Tensor, per_byte: int = per_byte) -> Tensor:
-            return like.new_empty(packed.shape[0], per_byte * packed.shape[1])
+    int8's scales are always those of the whole rows.
+    """
+    if _loaded and rows.device.type == "cpu":
+        if form.kind == "int4":
+            return torch.ops.llama_shards.int4_pack(rows[:, columns], form.group_size)
+        start, stop, _ = columns.indices(rows.shape[1])
+        return torch.ops.llama_shards.int8_pack(rows, start, stop)
+    if form.kind == "int4":
+        return quantize(rows[:, columns], form)
+    scales = row_scales(rows)
+    return to_int8(rows[:, columns], scales), scales
 
-        torch.library.register_fake(f"llama_shards::{name}", numbers)
+
+def values(packed: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values of packed integers, [N, K] of `dtype`."""
+    if _loaded and packed.device.type == "cpu":
+        kernels = torch.ops.llama_shards
+        widen = kernels.int8_values if packed.dtype == torch.int8 else kernels.int4_values
+        return widen(packed, scales, torch.empty(0, dtype=dtype))
+    return dequantize(packed, scales, dtype)
+
+
+# -- lengths ---------------------------------------------------------------------------------------
+
+
+def round_up(length: int) -> int:
+    """Round a length up to one of a few, at most 1 / LENGTH_STEPS longer.
+
+    oneDNN compiles a kernel for each shape that it meets and keeps a limited number of them: few lengths reuse kernels.
+    """
+    step = max(1, 2 ** (length.bit_length() - 1) // LENGTH_STEPS)
+    return step * -(-length // step)

@@ -27,8 +27,8 @@ namespace {
 constexpr int64_t RUN = 1 << 20;    // bytes of rows that a thread takes at a time: memory slows down with shorter ones
 constexpr int64_t ALONE = 1 << 16;  // bytes of a matrix for which starting threads costs more than it saves
 
-// Calls `run(first, last)` for all rows of a matrix, whose rows hold `bytes` each, on all threads. They take runs of
-// rows as they come to them: cores are not equally fast, and other programs want them too.
+// Calls `run(first, last)` for all rows of a matrix, whose rows hold `bytes` each, on all threads. A thread that is done
+// fetches the next run of rows: cores are not equally fast, and other programs use them too.
 template <typename Run>
 void share_rows(int64_t n_rows, int64_t bytes, const Run& run) {
   const int64_t n_threads = n_rows * bytes < ALONE ? 1 : std::min<int64_t>(at::get_num_threads(), n_rows);
@@ -41,7 +41,7 @@ void share_rows(int64_t n_rows, int64_t bytes, const Run& run) {
   });
 }
 
-// A number as float32 and back, rounded to the nearest, in a form that compilers make vectors of.
+// A number as float32 and back, rounded to the nearest, in a form that compilers vectorise.
 template <typename T>
 inline float widen(T x) {
   return static_cast<float>(x);

@@ -1,9 +1,9 @@
-// Collectives between the ranks of one machine, through memory that all of them see.
+// Collectives between the ranks of one machine, through shared memory.
 //
-// Every rank has two places in a common segment, which it uses in turn. It writes what it brings into one, makes that
-// known by a count, waits until the others have counted as far, and reads all places in the order of the ranks: nothing
-// depends on who came first, and every rank gets the same bits. One wait is enough, for whoever counts n + 1 has read
-// all of n, and the place of n is written again at n + 2.
+// Every rank has two places in a common segment, which it uses in turn. In exchange n it writes its data into one place,
+// sets its count to n, waits until all counts are at least n, and reads all places in rank order. So nothing depends on
+// which rank came first, and every rank gets the same bits. One wait per exchange is enough: a rank that counts n + 1
+// has read all places of n, and these are written again only at n + 2.
 
 #pragma once
 
@@ -35,10 +35,10 @@ namespace {
 
 constexpr int64_t PLACE = 256 << 10;  // bytes that are exchanged at a time: they stay in a cache
 constexpr int64_t SUMMED = 1024;      // numbers that are summed at a time
-constexpr int64_t SPINS = 500;        // tries, some 20 microseconds, before a waiting rank offers its core to others
+constexpr int64_t SPINS = 500;        // tries, some 20 microseconds, before a waiting rank yields its core
 constexpr int64_t YIELDS = 2000;      // tries before it sleeps between them
 constexpr auto NAP = std::chrono::microseconds(50);
-constexpr auto LOOK = std::chrono::milliseconds(200);  // how often a rank that sleeps looks whether the other one lives
+constexpr auto LOOK = std::chrono::milliseconds(200);  // interval at which a sleeping rank checks that the other process lives
 constexpr auto PATIENCE = std::chrono::minutes(30);    // gloo's own
 
 using Clock = std::chrono::steady_clock;
@@ -57,7 +57,7 @@ void relax() {
 #endif
 }
 
-// Whether a process of this machine has ended, buried or not.
+// Returns whether a process of this machine has ended, zombies included.
 bool is_gone(int64_t pid) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string line;
@@ -87,7 +87,7 @@ class Segment {
 
   int64_t world_size() const { return world_size_; }
 
-  // Brings some bytes, and returns when every rank's are in its place.
+  // Writes this rank's bytes into its place, and returns when every rank has written its own.
   void exchange(const char* from, int64_t bytes) {
     ++count_;
     std::memcpy(place(rank_), from, bytes);
@@ -95,7 +95,7 @@ class Segment {
     for (int64_t other = 0; other < world_size_; ++other) wait_for(other);
   }
 
-  // What a rank brought to the last exchange.
+  // The bytes that a rank wrote in the last exchange.
   char* place(int64_t rank) const {
     return base_ + world_size_ * sizeof(Member) + (2 * rank + static_cast<int64_t>(count_ & 1)) * PLACE;
   }
@@ -126,7 +126,7 @@ class Segment {
   uint64_t count_ = 0;
 };
 
-std::vector<std::unique_ptr<Segment>> segments;  // by handle; those that were closed stay empty
+std::vector<std::unique_ptr<Segment>> segments;  // by handle; closed ones are null
 
 Segment& segment_of(int64_t handle) {
   TORCH_CHECK(handle >= 0 && handle < static_cast<int64_t>(segments.size()) && segments[handle], "no segment ", handle);
@@ -143,7 +143,7 @@ void close_segment(int64_t handle) {
   segments[handle].reset();
 }
 
-// Calls `use(offset, bytes)` for each piece of `x`, when that of every rank is in its place.
+// Calls `use(offset, bytes)` for each piece of `x`, once every rank has written that piece.
 template <typename Use>
 void in_pieces(Segment& segment, const at::Tensor& x, const Use& use) {
   const auto* from = static_cast<const char*>(x.const_data_ptr());

@@ -1,6 +1,6 @@
-"""Collectives of the ranks of one machine through memory that they share; `shared.h` says how they meet.
+"""Collectives of one machine's ranks through shared memory; `shared.h` describes the protocol.
 
-A segment is a file in memory (Linux's /dev/shm) that one rank creates and all of them open.
+A segment is a file in memory (Linux's /dev/shm) that one rank creates and all ranks open.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int
 
 
 def available() -> bool:
-    """Whether this machine has such memory, and the kernels, which are built now if they were not."""
+    """Return whether this machine has shared memory and the kernels, which are built first if need be."""
     return sys.platform == "linux" and FOLDER.is_dir() and load_kernels()
 
 
 def create_segment(world_size: int) -> Path:
-    """A file for `world_size` ranks, of half a megabyte each, which is deleted once all of them have opened it.
+    """Create a segment for `world_size` ranks, half a megabyte each; the caller deletes it once all have opened it.
 
     Raises:
-        OSError: where there is no room for it.
+        OSError: where there is no room for the file.
     """
     file, name = tempfile.mkstemp(prefix="llama-shards-", dir=FOLDER)
     try:
-        # Room is taken now: memory that turns out to be missing would end the process when it is written.
+        # Memory is reserved now: where there is none, the first write would kill the process.
         os.posix_fallocate(file, 0, torch.ops.llama_shards.segment_bytes(world_size))
     except OSError:
         os.unlink(name)
@@ -44,7 +44,7 @@ def create_segment(world_size: int) -> Path:
 
 
 def open_segment(path: Path, rank: int, world_size: int) -> int:
-    """Take a rank's place in a segment: the handle by which the collectives know it.
+    """Open a segment as `rank`, and return the handle that the collectives ask for.
 
     Raises:
         RuntimeError: where the file cannot be opened or mapped.
@@ -54,17 +54,22 @@ def open_segment(path: Path, rank: int, world_size: int) -> int:
 
 
 def close_segment(segment: int) -> None:
-    """Give up a place; no rank may be in a collective."""
+    """Close a segment; no rank may be in a collective."""
     torch.ops.llama_shards.close_segment(segment)
 
 
 def serves(x: Tensor) -> bool:
-    """Whether a tensor can go this way."""
+    """Return whether these collectives take a tensor, by device and dtype."""
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def all_reduce(x: Tensor, segment: int, op: str) -> Tensor:
-    """`x` reduced over the ranks, "sum" or "max", in float32 where it is narrower; the same bits on every rank.
+    """Return `x` reduced over the ranks, the same bits on every rank; 16-bit numbers are reduced in float32.
+
+    Args:
+        x: of the same shape and dtype on every rank.
+        segment: the handle.
+        op: "sum" or "max".
 
     Raises:
         RuntimeError: when a rank is gone.
@@ -73,7 +78,7 @@ def all_reduce(x: Tensor, segment: int, op: str) -> Tensor:
 
 
 def all_gather(x: Tensor, segment: int, world_size: int) -> Tensor:
-    """The equal-shaped `x` of every rank, stacked: [world_size, *x.shape].
+    """Return the `x` of every rank, all of one shape, stacked: [world_size, *x.shape].
 
     Raises:
         RuntimeError: when a rank is gone.
@@ -83,7 +88,7 @@ def all_gather(x: Tensor, segment: int, world_size: int) -> Tensor:
 
 @cache
 def _register_shapes() -> None:
-    """What torch.compile needs to know: the shapes that come out."""
+    """Tell torch.compile the shapes of the results."""
 
     def reduced(x: Tensor, segment: int, largest: bool) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,1 +1,1 @@
-"""The model cut across ranks: who owns what, the groups, the layers and their collectives."""
+"""Model parallelism: the partition, the process groups, the collectives and the layers."""

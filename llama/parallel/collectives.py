@@ -1,12 +1,12 @@
-"""The four moves between a whole tensor and its shards, forward and backward.
+"""Collectives of the model-parallel ranks, and the four autograd functions between a tensor and its shards.
 
-They are autograd functions of ours around torch's functional collectives: those compile into one
-graph with the model, but torch's own backward of `all_reduce` reduces again, which multiplies every
-gradient by the world size. Where the ranks share memory (see `groups.share_memory`), numbers go through
-that rather than through the group. With one rank each of them is the identity.
+The autograd functions are our own, around torch's functional collectives. Those compile into one graph with the model,
+but torch's backward of `all_reduce` reduces again, which multiplies every gradient by the world size. Where the ranks
+share memory (see `groups.share_memory`), tensors go through shared memory rather than through the group. With one rank
+every collective is the identity.
 
-The pairs are Megatron's (arXiv:1909.08053): `copy` before a column-parallel linear, `reduce` after a
-row-parallel one, `gather` and `scatter` along the last dimension.
+The pairs are Megatron's (arXiv:1909.08053): `copy` before a column-parallel linear and `reduce` after a row-parallel
+one; `gather` and `scatter` along the last dimension.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 def all_reduce(x: Tensor, ranks: Ranks, op: str = "sum") -> Tensor:
-    """`x` reduced over the ranks of the model, "sum" or "max"; no gradient."""
+    """Return `x` reduced over the ranks of the model, by "sum" or "max"; no gradient."""
     if ranks.world_size == 1:
         return x
     if ranks.segment is not None and shared.serves(x):
         return shared.all_reduce(x, ranks.segment, op)
     if torch.compiler.is_compiling():
         return functional.wait_tensor(functional.all_reduce(x.contiguous(), op, ranks.group))
-    # Eagerly the functional ones would only import the compiler, a second and 80 MB a rank.
+    # In eager code the functional collectives would import the compiler: a second and 80 MB per rank.
     reduced = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(reduced, _OPS[op], group=ranks.group)
     return reduced
 
 
 def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
-    """The equal-shaped `x` of every rank, stacked: [world_size, *x.shape]; no gradient."""
+    """Return the `x` of every rank, all of one shape, stacked: [world_size, *x.shape]; no gradient."""
     if ranks.world_size == 1:
         return x.unsqueeze(0)
     if ranks.segment is not None and shared.serves(x):
@@ -56,18 +56,18 @@ def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     return gathered
 
 
-def broadcast(x: Tensor, ranks: Ranks) -> Tensor:
-    """Rank 0's `x`, of the same shape on every rank; not compiled, no gradient."""
+def broadcast(x: Tensor, ranks: Ranks, source: int = 0) -> Tensor:
+    """Return the `x` of rank `source`, of the same shape on every rank; not for compiled code, no gradient."""
     if ranks.world_size == 1:
         return x
     if ranks.segment is not None and shared.serves(x):
-        return shared.all_gather(x, ranks.segment, ranks.world_size)[0]
-    dist.broadcast(x, group=ranks.group, group_src=0)
+        return shared.all_gather(x, ranks.segment, ranks.world_size)[source]
+    dist.broadcast(x, group=ranks.group, group_src=source)
     return x
 
 
 def gather_last(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
-    """Shards of unequal width laid end to end along the last dimension; no gradient."""
+    """Return the ranks' shards [..., len(cuts[rank])] concatenated along the last dimension; no gradient."""
     if ranks.world_size == 1:
         return x
     widest = max(len(cut) for cut in cuts)
@@ -121,20 +121,20 @@ class _Scatter(torch.autograd.Function):
 
 
 def copy_to_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """Identity; the backward sums the ranks' gradients of `x`."""
+    """Return `x` itself; the backward sums the ranks' gradients of `x`."""
     return x if ranks.world_size == 1 else _Copy.apply(x, ranks)
 
 
 def reduce_from_ranks(x: Tensor, ranks: Ranks) -> Tensor:
-    """Sum over the ranks; the backward is the identity."""
+    """Return the sum of `x` over the ranks; the backward is the identity."""
     return x if ranks.world_size == 1 else _Reduce.apply(x, ranks)
 
 
 def gather_from_ranks(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
-    """Shards [..., len(cuts[rank])] into the whole last dimension; the backward takes this rank's part."""
+    """Return the ranks' shards [..., len(cuts[rank])] concatenated; the backward returns this rank's part."""
     return x if ranks.world_size == 1 else _Gather.apply(x, cuts, ranks)
 
 
 def scatter_to_ranks(x: Tensor, cuts: Sequence[range], ranks: Ranks) -> Tensor:
-    """This rank's part of the last dimension; the backward gathers the parts."""
+    """Return this rank's part of the last dimension; the backward gathers the parts."""
     return x if ranks.world_size == 1 else _Scatter.apply(x, cuts, ranks)

@@ -1,9 +1,8 @@
-"""Starting and ending the ranks: process groups, memory that they share, errors told by one voice.
+"""Process groups: started and stopped, with shared memory, object exchange, and errors raised on all ranks alike.
 
-A single process needs none of this: no group is started, every collective is the identity. Under
-torchrun, `start` opens the default group (NCCL on cards of one's own, gloo otherwise), has fairscale
-build the model- and data-parallel groups over it, and keeps a gloo group of its own for commands,
-which may wait for a person for as long as they like.
+A single process starts no group, and every collective is the identity. Under torchrun, `start` opens the default group
+(NCCL where every rank has a card of its own, else gloo), has fairscale build the model- and data-parallel groups over
+it, and opens a gloo control group for commands, which may wait for a person without a timeout.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from llama.errors import LlamaError, PartitionError
 from llama.kernels import shared
 from llama.parallel import store
 
-# A command may be waited for while somebody thinks, or sleeps.
+# Timeout of the control group: a command may have to wait until a person types.
 PATIENCE = timedelta(days=365)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that share one model.
+    """This process's place among the processes that share one model.
 
     Args:
-        rank, world_size: place within the model-parallel group and its size.
-        group: the model-parallel group, None for one process.
-        control: a gloo group over the same ranks for commands, with endless patience.
+        rank, world_size: place in the model-parallel group, and the group's size.
+        group: the model-parallel group; None for one process.
+        control: a gloo group over the same ranks for commands, without a timeout.
         device: where this rank computes.
-        segment: the memory that these ranks share, where they do; see `share_memory`.
-        replicas: this process among those that hold the same shard of other copies of the model, which learn
-            from other examples; None where there is one copy.
+        segment: handle of the shared memory of these ranks; None without it. See `share_memory`.
+        replicas: place among the processes that hold the same shard in other copies of the model (data parallelism);
+            None where there is one copy.
     """
 
     rank: int = 0
@@ -59,15 +58,15 @@ _current = Ranks()
 
 
 def current() -> Ranks:
-    """The ranks of this process's model; one rank without groups until `start` has run."""
+    """Return this process's ranks; a single rank without groups until `start` has run."""
     return _current
 
 
 def model_size(model_parallel_size: int | None = None) -> int:
-    """Ranks that share one model: all processes, or a number that divides them.
+    """Return how many ranks share one model: all processes for None, else the size asked for.
 
     Raises:
-        PartitionError: when it does not.
+        PartitionError: when the size does not divide the number of processes.
     """
     n_processes = env.world_size()
     size = n_processes if model_parallel_size is None else model_parallel_size
@@ -81,12 +80,12 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
 
     Args:
         device: where this rank computes.
-        model_parallel_size: ranks that share one model; None for all of them. It divides the
-            number of processes; beyond one, the others hold copies of the model.
+        model_parallel_size: ranks that share one model, a divisor of the number of processes; None for all of them.
+            The other processes hold copies of the model.
 
     Raises:
-        PartitionError: when the size does not divide the number of processes, or differs from
-            that of an earlier start.
+        PartitionError: when the size does not divide the number of processes, or differs from the size of an earlier
+            start.
     """
     global _current
     size, n_processes = model_size(model_parallel_size), env.world_size()
@@ -109,10 +108,10 @@ def start(device: torch.device, model_parallel_size: int | None = None) -> Ranks
 
 
 def choose_backend(devices: Sequence[str]) -> str:
-    """NCCL where every rank has a CUDA card of its own, since two NCCL ranks cannot share one; else gloo.
+    """Return "nccl" where every rank has a CUDA card of its own, which NCCL demands; else "gloo".
 
     Args:
-        devices: of every rank, as "host cuda:0".
+        devices: every rank's device, as "host cuda:0".
     """
     own_cards = len(set(devices)) == len(devices) and all(" cuda" in device for device in devices)
     return "nccl" if own_cards and dist.is_nccl_available() else "gloo"
@@ -121,11 +120,11 @@ def choose_backend(devices: Sequence[str]) -> str:
 def _model_groups(device: torch.device, size: int) -> Ranks:
     from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-    # fairscale announces its groups on stdout, which belongs to the command's result.
+    # fairscale prints its groups to stdout, which is kept for the command's result.
     with contextlib.redirect_stdout(io.StringIO()):
         fairscale_groups.initialize_model_parallel(size)
     rank = fairscale_groups.get_model_parallel_rank()
-    # Every process takes part in making every group, its own or not.
+    # torch wants every process in every `new_group` call, member or not.
     control = None
     for first in range(0, dist.get_world_size(), size):
         members = list(range(first, first + size))
@@ -142,13 +141,13 @@ def _model_groups(device: torch.device, size: int) -> Ranks:
 
 
 def share_memory(wanted: bool = True) -> Ranks:
-    """The ranks of this model, from now on with collectives through memory that they share, where they can.
+    """Switch the model's collectives to shared memory where all ranks can; return the ranks as they are from now on.
 
-    They can where all of them compute on the CPU of one Linux machine that has a C++ compiler. Every rank makes this
-    call, with nothing before it that could fail on one of them alone.
+    All ranks can where they compute on the CPU of one Linux machine that has a C++ compiler. A collective call: no code
+    before it may fail on one rank alone.
 
     Args:
-        wanted: whether this rank has use for it; it takes all of them.
+        wanted: whether this rank wants shared memory, which is used only where all ranks do.
     """
     global _current
     ranks = _current
@@ -182,7 +181,7 @@ def _create_segment(world_size: int) -> Path | None:
 
 
 def _open_segment(path: Path, ranks: Ranks, pids: Sequence[int]) -> int | None:
-    """None in a container of its own, which has its own files, or does not see whether the others live."""
+    """Open the segment; None in a container of its own, which has other files or does not see the other processes."""
     if not all(Path("/proc", str(pid)).exists() for pid in pids):
         return None
     try:
@@ -192,7 +191,7 @@ def _open_segment(path: Path, ranks: Ranks, pids: Sequence[int]) -> int | None:
 
 
 def stop() -> None:
-    """Leave the groups; ranks that are done wait for each other so that none tears the others down."""
+    """Leave the groups, once every rank is ready to: the first to go would break the others' connections."""
     global _current
     store.leave()
     if _current.segment is not None:
@@ -206,7 +205,7 @@ def stop() -> None:
 
 
 def broadcast_object(value: Any = None) -> Any:
-    """Rank 0's `value` on every rank of the model, however long rank 0 takes."""
+    """Return rank 0's `value` on every rank of the model, however long rank 0 takes."""
     ranks = current()
     if ranks.world_size == 1:
         return value
@@ -216,7 +215,7 @@ def broadcast_object(value: Any = None) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """The `value` of every rank of the model, in order, on every rank."""
+    """Return the `value` of every rank of the model, in rank order, on every rank."""
     ranks = current()
     if ranks.world_size == 1:
         return [value]
@@ -227,14 +226,13 @@ def gather_objects(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A stretch of work that all processes finish together or not at all.
+    """Run the body on all processes, which finish it together or not at all.
 
-    An error that any of them meets is raised on all of them, with the words of the lowest rank that
-    met one, so that no rank goes on to wait for ranks that have given up. A file that the system
-    refuses is such an error too.
+    A `LlamaError` on any process is raised on all processes, with the message of the lowest rank that met one, so that
+    no rank waits for ranks that have given up. An `OSError` that names a file counts as such an error.
 
     Raises:
-        LlamaError: this process's own error, or another's.
+        LlamaError: this process's own error, or another process's.
     """
     error: LlamaError | None = None
     try:
@@ -251,7 +249,7 @@ def phase(name: str) -> Iterator[None]:
 
 
 def _agree(name: str, error: LlamaError | None) -> LlamaError | None:
-    """The error of the lowest rank that has one, the same on every process."""
+    """Return the error of the lowest rank that has one, the same on every process; None where no rank has."""
     if env.world_size() == 1:
         return error
     texts = store.exchange("" if error is None else f"{type(error).__name__}:{error}", f"phase/{name}")

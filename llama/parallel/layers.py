@@ -1,8 +1,8 @@
-"""Linears and an embedding of which every rank allocates only its own shard.
+"""Parallel linears and a parallel embedding; every rank allocates only its own shard.
 
-Names, arguments and weight layout are those of `fairscale.nn.model_parallel.layers` (0.4.13), whose
-own layers build the whole weight on every rank and break `torch.compile`. Beyond them, `cuts` says
-which rows or columns each rank owns (unequal ones too), where fairscale's must divide evenly.
+Names, arguments and weight layout are those of `fairscale.nn.model_parallel.layers` (0.4.13). fairscale's own layers
+build the whole weight on every rank, break `torch.compile`, and need sizes that the ranks divide evenly; `cuts` gives
+each rank any rows or columns.
 
 Weights are left uninitialised unless an `init_method` is given: they are read from a checkpoint.
 """
@@ -31,7 +31,7 @@ Device = torch.device | str | None
 
 
 class _Sharded(nn.Module):
-    """What the three layers share: the ranks, the cuts, this rank's own one."""
+    """The base of the three layers: the ranks, the cuts, and this rank's own cut."""
 
     def __init__(self, total: int, cuts: Sequence[range] | None, ranks: Ranks | None) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Sharded(nn.Module):
         return self.cuts[self.ranks.rank]
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., K] with this rank's matrix [N, K] to [..., N]."""
+        """Return `x W^T` with this rank's matrix: [..., K] and [N, K] to [..., N]."""
         return linear(x, self.weight)
 
 
@@ -55,14 +55,15 @@ class ColumnParallelLinear(_Sharded):
 
     Args:
         in_features, out_features: sizes of the whole weight.
-        bias: whether there is one (cut like the features of y).
+        bias: whether there is a bias, cut like the features of y.
         gather_output: whether every rank gets the whole y, or only its own features.
         init_method: fills the shard; None leaves it uninitialised.
-        cuts: features of y that each rank owns; None for equal ones. Runs may overlap (KV heads that
-            several ranks hold); then `gather_output` must be off.
-        copy_input: whether the backward sums the ranks' gradients of x here; off where one sum
-            serves several layers (see `llama.model`).
-        ranks, device, dtype: where the shard lives; the current ones when None.
+        cuts: features of y that each rank owns; None for equal ranges. Ranges may overlap (KV heads that several ranks
+            hold), in which case `gather_output` must be off.
+        copy_input: whether the backward sums the ranks' gradients of x in this layer; off where one sum serves several
+            layers (see `llama.model`).
+        ranks: this process's place; None for the current one.
+        device, dtype: of the shard.
 
     Shapes: x [..., in_features] to y [..., out_features], or [..., len(cuts[rank])] ungathered.
     """
@@ -100,15 +101,16 @@ class ColumnParallelLinear(_Sharded):
 
 
 class RowParallelLinear(_Sharded):
-    """`y = x A^T + b` with the columns of A (the features of x) cut across ranks; y is summed over them.
+    """`y = x A^T + b` with the columns of A (the features of x) cut across ranks, and y summed over the ranks.
 
     Args:
         in_features, out_features: sizes of the whole weight.
-        bias: whether there is one; added once, after the sum.
+        bias: whether there is a bias, added once, after the sum.
         input_is_parallel: whether x holds only this rank's features already.
         init_method: fills the shard; None leaves it uninitialised.
-        cuts: features of x that each rank owns; None for equal ones.
-        ranks, device, dtype: where the shard lives; the current ones when None.
+        cuts: features of x that each rank owns; None for equal ranges.
+        ranks: this process's place; None for the current one.
+        device, dtype: of the shard.
 
     Shapes: x [..., in_features], or [..., len(cuts[rank])] when parallel, to y [..., out_features].
     """
@@ -142,18 +144,19 @@ class RowParallelLinear(_Sharded):
         return y if self.bias is None else y + self.bias
 
     def partial(self, x: Tensor) -> Tensor:
-        """This rank's features of x, [..., len(cuts[rank])], to its part of the sum: [..., out_features]."""
+        """Return this rank's addend of y: its features of x, [..., len(cuts[rank])], to [..., out_features]."""
         return self.product(x)
 
 
 class VocabParallelEmbedding(_Sharded):
-    """An embedding whose rows (the vocabulary) are cut across ranks; the vectors are summed over them.
+    """An embedding whose rows (the vocabulary) are cut across ranks; the vectors are summed over the ranks.
 
     Args:
         num_embeddings, embedding_dim: sizes of the whole table.
         init_method: fills the shard; None leaves it uninitialised.
-        cuts: rows that each rank owns; None for equal ones.
-        ranks, device, dtype: where the shard lives; the current ones when None.
+        cuts: rows that each rank owns; None for equal ranges.
+        ranks: this process's place; None for the current one.
+        device, dtype: of the shard.
 
     Shapes: ids [...] int64 to vectors [..., embedding_dim].
     """
@@ -185,5 +188,5 @@ class VocabParallelEmbedding(_Sharded):
         return reduce_from_ranks(vectors.masked_fill(foreign.unsqueeze(-1), 0.0), self.ranks)
 
     def lookup(self, local: Tensor) -> Tensor:
-        """Vectors of this rank's own rows: [...] int64, counted from the first of them, to [..., embedding_dim]."""
+        """Return vectors of this rank's own rows: [...] int64, counted from its first row, to [..., embedding_dim]."""
         return F.embedding(local, self.weight)

@@ -1,8 +1,8 @@
-"""How a process ends before its time: one speaks for all of them, and none is left waiting.
+"""Early exit of a process: one rank prints the message for all of them, and no rank is left waiting.
 
-torchrun sends SIGTERM to every rank as soon as one is gone, and a rank that waits in a collective
-cannot run Python's signal handlers. So a thread listens for signals, and whoever leaves first has the
-last word, be it silence: what the others meet from then on (closed connections, SIGTERM) only follows.
+torchrun sends SIGTERM to every rank as soon as one is gone, and a rank that waits in a collective cannot run Python's
+signal handlers. So a thread listens for signals. The first rank to leave is the only one that may print; errors that
+the other ranks meet from then on (closed connections, SIGTERM) are mere consequences.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from llama.parallel import store
 
 EXIT_CODE = 2
 INTERRUPTED = 130
-# How long other ranks let rank 0 speak before they do; torchrun kills whoever is left after 30 s.
+# Seconds that other ranks give rank 0 to print before they do; torchrun kills all that remain after 30 s.
 SPEAKER_SECONDS = 5.0
 
 _leaving = threading.Lock()
 
 
 def leave(text: str = "", code: int = EXIT_CODE, *, at_once: bool = False) -> NoReturn:
-    """End this process now; on stderr stands one line `text`, unless another process has left before.
+    """End this process now, after printing one line `text` to stderr unless another process has left before.
 
     Args:
-        text: why, for a person; empty to end quietly, and the others with it.
-        code: of this process.
-        at_once: speak although rank 0 may be about to, for what only this rank knows.
+        text: the reason, for a person; empty to end quietly, on all ranks.
+        code: exit code of this process.
+        at_once: print without waiting for rank 0, for a reason that only this rank knows.
     """
-    _leaving.acquire()  # and never released: of the main thread and the listening one, only the first leaves
+    _leaving.acquire()  # never released: of the main and the listening thread, only the first may leave
     if threading.current_thread() is threading.main_thread():
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
@@ -46,12 +46,12 @@ def leave(text: str = "", code: int = EXIT_CODE, *, at_once: bool = False) -> No
     if line is not None:
         with contextlib.suppress(dist.DistError):
             line.set("spoken", "yes")
-    # Groups whose ranks have failed may wait for each other for ever when torn down in order.
+    # No orderly shutdown: groups whose ranks have failed may wait for each other for ever.
     os._exit(code)
 
 
 def _has_last_word(line: dist.Store | None, at_once: bool) -> bool:
-    """Whether this process is the first to leave; other ranks give rank 0 (or the lowest left) some time."""
+    """Return whether this process is the first to leave; ranks other than the lowest alive wait a little before."""
     if line is None:
         return True
     try:
@@ -69,19 +69,19 @@ def _wait_for_speaker(line: dist.Store) -> None:
 
 
 def _write_line(text: str) -> None:
-    """One line in one piece, past Python's buffers, whose locks another thread may hold."""
+    """Write one line to stderr in one piece, past Python's buffers, whose locks another thread may hold."""
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress bar may stand there
     with contextlib.suppress(OSError):
         os.write(2, f"{clear}{' '.join(text.splitlines())}\n".encode(errors="backslashreplace"))
 
 
 def listen() -> None:
-    """Have SIGTERM and SIGINT end this rank even while it waits in a collective; for commands under torchrun."""
+    """Let SIGTERM and SIGINT end this rank even while it waits in a collective; for commands under torchrun."""
     if env.world_size() == 1 or os.name != "posix":
         return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    # Python's own part of a signal's arrival, a byte in this pipe, does not wait for the main thread.
+    # Python's C handler writes the signal's number into this pipe at once, whatever the main thread does.
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
@@ -91,7 +91,7 @@ def listen() -> None:
 
 
 def _stop_listening() -> None:
-    """In a forked child, such as a data loader's worker: its signals are not this rank's."""
+    """Restore the signal handlers in a forked child, such as a data loader's worker."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""The processes' store, where they meet before any group exists and after one has failed; who is still there."""
+"""The key-value store of all processes, usable before any group exists and after one has failed; lost ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from llama import env
 from llama.errors import LlamaError, RankLostError
 
-# How long a rank waits for the others to reach the end of a phase (loading may take long).
+# Time that a rank waits for the others to reach the end of a phase (loading may take long).
 PHASE_TIMEOUT = timedelta(hours=6)
 
 _store: dist.Store | None = None
@@ -24,15 +24,15 @@ _n_exchanges = 0
 def connect() -> None:
     """Join the other processes' store, so that errors can be exchanged before any group exists.
 
-    Does nothing for one process, and nothing a second time.
+    A single process joins nothing, and a second call does nothing.
 
     Raises:
-        LlamaError: when the environment announces other processes but not where they meet.
+        LlamaError: when the environment announces other processes but not the store's address.
     """
     global _store, _line
     if _store is not None or env.world_size() == 1:
         return
-    # A store serves one thread at a time, however long it waits there: hence two.
+    # Two connections: one is blocked for as long as a thread waits on it.
     _store, _line = _join(), _join()
     _store.set_timeout(PHASE_TIMEOUT)
     _line.set(f"who/{env.rank()}", f"{socket.gethostname()} {os.getpid()}")
@@ -50,16 +50,16 @@ def _join() -> dist.Store:
 
 
 def line() -> dist.Store | None:
-    """A connection of its own to the store, which stays free while the main thread waits; None for one process."""
+    """Return a second connection to the store, free while the main thread waits; None for one process."""
     return _line
 
 
 def exchange(text: str, name: str = "exchange") -> list[str]:
-    """The `text` of every process, in order, groups or not; every process makes this call.
+    """Return the `text` of every process, in rank order; a collective call that needs no process group.
 
     Args:
-        text: of this process; halves of surrogate pairs become escapes.
-        name: what it is about, so that only those meet who mean the same.
+        text: of this process; lone surrogates become escapes.
+        name: subject of the exchange, part of its keys: processes that exchange different subjects do not match.
 
     Raises:
         RankLostError: when a process goes away meanwhile.
@@ -80,14 +80,14 @@ def exchange(text: str, name: str = "exchange") -> list[str]:
 
 
 def for_groups() -> dist.Store:
-    """The part of the store by which the groups that are opened next find each other."""
+    """Return the part of the store for the process groups that are opened next."""
     connect()
     assert _store is not None
     return dist.PrefixStore(f"groups/{_n_exchanges}", _store)
 
 
 def leave() -> None:
-    """Leave the store, once every process is ready to."""
+    """Leave the store once every process is ready to."""
     global _store, _line
     if _store is not None:
         exchange("", "end")
@@ -98,10 +98,10 @@ def leave() -> None:
 
 
 def lost_ranks(patience: float = 0.0) -> list[int]:
-    """Ranks of this machine whose process is gone (or only waits to be buried).
+    """Return the ranks of this machine whose process has ended, zombies included.
 
     Args:
-        patience: seconds to look for one; a connection may close a moment before its process is gone.
+        patience: seconds to keep looking for one: a connection may close a moment before its process ends.
     """
     end = time.monotonic() + patience
     while True:
@@ -131,7 +131,7 @@ def _is_running(pid: int) -> bool:
 
 
 def lost_message(patience: float = 0.0) -> str:
-    """One line that names the ranks that are gone, as far as this machine can tell."""
+    """Return one line that names the lost ranks, as far as this machine can tell."""
     lost = lost_ranks(patience)
     who = f"rank {', '.join(map(str, lost))} was lost" if lost else "another rank was lost"
     return (
@@ -141,7 +141,7 @@ def lost_message(patience: float = 0.0) -> str:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because its peer went away, rather than by a bug."""
+    """Return whether a collective failed because its peer went away, rather than by a bug."""
     if isinstance(error, RankLostError | dist.DistNetworkError | dist.DistStoreError):
         return True
     signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")

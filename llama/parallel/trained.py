@@ -1,7 +1,7 @@
-"""A trained tensor and its part on this rank: how gradients are summed, norms counted and shards gathered.
+"""Trained tensors over ranks: each rank's part of a tensor, and the gradients of all parts, summed and clipped.
 
-Every rank holds either the whole of a trained tensor or the part that belongs to its shard of a frozen
-linear. What is written to a file is always whole, so that a run goes on at any number of ranks.
+Every rank holds either a whole trained tensor, or the part that belongs to its shard of a frozen linear. Files always
+hold whole tensors, so that a run can go on at any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama.parallel.groups import Ranks
 
 
 def own_part(whole: Tensor, dim: int | None, cuts: Sequence[range], ranks: Ranks) -> Tensor:
-    """What this rank holds of a tensor that is cut along `dim` as `cuts` says, as a view; all of it for None."""
+    """Return this rank's part of a whole tensor that is cut along `dim`, as a view; the whole where `dim` is None."""
     if dim is None:
         return whole
     own = cuts[ranks.rank]
@@ -33,11 +33,11 @@ class Trained:
     Args:
         name: unique, the same on every rank.
         parameter: this rank's part, float32.
-        ranks: this process among those that share the model.
-        dim: the dimension that is cut; None where every rank holds the whole.
-        cuts: what each rank holds along `dim`; runs may overlap (KV heads that several ranks hold).
-        partial: whether this rank's gradient is a part of the whole one, to be summed over the ranks, as
-            that of a whole tensor that only meets this rank's features.
+        ranks: this process's place among those that share the model.
+        dim: the dimension that is cut; None where every rank holds the whole tensor.
+        cuts: each rank's range along `dim`; ranges may overlap (KV heads that several ranks hold).
+        partial: whether this rank's gradient is an addend of the whole gradient. So it is for a whole tensor that is
+            multiplied with this rank's features alone.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Trained:
 
     @property
     def overlaps(self) -> bool:
-        """Whether some of it is held by several ranks."""
+        """True where several ranks hold the same entries."""
         return sum(map(len, self.cuts)) > self._total
 
     @property
@@ -57,37 +57,37 @@ class Trained:
         return max((cut.stop for cut in self.cuts), default=0)
 
     def whole(self, part: Tensor) -> Tensor:
-        """The whole tensor on every rank, from each rank's `part` (of the parameter's shape); a collective."""
+        """Return the whole tensor on every rank, from each rank's `part` of the parameter's shape; a collective."""
         if self.dim is None or self.ranks.world_size == 1:
             return part.detach().clone()
         owned = self._owned()
         return all_reduce(self._spread(part.detach().narrow(self.dim, 0, len(owned)), owned.start), self.ranks)
 
     def part(self, whole: Tensor) -> Tensor:
-        """This rank's part of a whole tensor, as a view of it."""
+        """Return this rank's part of a whole tensor, as a view."""
         return own_part(whole, self.dim, self.cuts, self.ranks)
 
     def gradient(self) -> Tensor:
-        """This rank's gradient, zeros where nothing flowed back."""
+        """Return this rank's gradient, zeros where the backward left none."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return self.parameter.grad
 
     def addend(self) -> Tensor | None:
-        """What must be summed over the ranks to make the gradient whole; None where it is already."""
+        """Return the tensor to sum over the ranks for the whole gradient; None where this rank's gradient is whole."""
         if self.ranks.world_size == 1:
             return None
         if self.dim is None:
             return self.gradient() if self.partial else None
-        # Each holder of a shared head saw the gradient of its own queries alone.
+        # Each rank that holds a shared KV head has the gradient from its own queries alone.
         return self._spread(self.gradient(), self.cuts[self.ranks.rank].start) if self.overlaps else None
 
-    def take(self, total: Tensor) -> None:
+    def set_gradient(self, total: Tensor) -> None:
         """Set the gradient from the sum of all ranks' addends."""
         self.gradient().copy_(self.part(total))
 
     def square_sum(self) -> Tensor:
-        """This rank's part of the gradient's squared norm, in `sum_dtype`: every entry is counted on one rank alone."""
+        """Return this rank's part of the gradient's squared norm, in `sum_dtype`; one rank counts each entry."""
         gradient, dtype = self.parameter.grad, sum_dtype(self.parameter.device)
         if gradient is None or (self.dim is None and self.ranks.rank != 0):
             return torch.zeros((), dtype=dtype, device=self.parameter.device)
@@ -96,13 +96,13 @@ class Trained:
         return gradient.to(dtype).square().sum()
 
     def _owned(self) -> range:
-        """The start of this rank's run that no later rank begins anew: such runs tile the whole."""
+        """Return this rank's range up to the first entry that a later rank holds too: these ranges do not overlap."""
         own, later = self.cuts[self.ranks.rank], self.cuts[self.ranks.rank + 1 :]
         stop = min([own.stop, *(cut.start for cut in later)])
         return range(own.start, max(own.start, stop))
 
     def _spread(self, part: Tensor, start: int) -> Tensor:
-        """A tensor of the whole shape with `part` in its place from `start` on, and zeros."""
+        """Return a tensor of the whole shape: `part` from `start` on, zeros elsewhere."""
         assert self.dim is not None
         shape = list(self.parameter.shape)
         shape[self.dim] = self._total
@@ -111,24 +111,27 @@ class Trained:
         return whole
 
 
-def settle(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
-    """Make every gradient that of the whole model and the whole batch, in one message for each.
+# -- gradients of all trained tensors --------------------------------------------------------------
+
+
+def sum_gradients(trained: Sequence[Trained], ranks: Ranks, replicas: Ranks) -> None:
+    """Sum every gradient over the ranks of the model and then over its copies, in one collective each.
 
     Args:
-        trained: whose parameters' gradients are set, to zeros where the batch had none for this process.
-        ranks: those that share the model.
-        replicas: those that hold this rank's shard in other copies of the model.
+        trained: the tensors whose gradients are set; to zeros where this process had no example of the batch.
+        ranks: the ranks that share the model.
+        replicas: the processes that hold this rank's shard in other copies of the model.
     """
     addends = [(tensor, addend) for tensor in trained if (addend := tensor.addend()) is not None]
     for (tensor, _), total in zip(addends, _summed([addend for _, addend in addends], ranks), strict=True):
-        tensor.take(total)
+        tensor.set_gradient(total)
     gradients = [tensor.gradient() for tensor in trained]
     for gradient, total in zip(gradients, _summed(gradients, replicas), strict=True):
         gradient.copy_(total)
 
 
 def _summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
-    """Every tensor's sum over the ranks; one collective for all of them."""
+    """Return every tensor's sum over the ranks, by one collective for all of them."""
     if ranks.world_size == 1 or not tensors:
         return list(tensors)
     total = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]), ranks)
@@ -137,18 +140,18 @@ def _summed(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
 
 
 def gradient_norm(trained: Sequence[Trained], ranks: Ranks) -> float:
-    """Euclidean norm of the whole gradient, every entry counted once; a collective call."""
+    """Return the Euclidean norm of the whole gradient, every entry counted once; a collective call."""
     squares = torch.stack([tensor.square_sum() for tensor in trained]).sum()
     return math.sqrt(float(all_reduce(squares, ranks)))
 
 
 def clip(trained: Sequence[Trained], norm: float, max_norm: float, scale: float = 1.0) -> None:
-    """Divide every gradient by `scale` and shorten the whole to `max_norm`, as torch's `clip_grad_norm_` does.
+    """Divide every gradient by `scale`, and clip the whole gradient to `max_norm` as torch's `clip_grad_norm_` does.
 
     Args:
-        trained: whose gradients are changed.
-        norm: of the gradient after the division.
-        max_norm: the longest that it may be.
+        trained: the tensors whose gradients are changed.
+        norm: norm of the gradient after the division.
+        max_norm: the largest norm allowed.
         scale: the loss scale.
     """
     factor = min(1.0, max_norm / (norm + 1e-6)) / scale

@@ -18,6 +18,7 @@ import torch
 
 from llama import env
 from llama.checkpoint.load import cut_model
+from llama.checkpoint.table import rank_params
 from llama.config import ModelArgs
 from llama.env import is_speaker, notice
 from llama.errors import LlamaError, PartitionError, QuantizationError
@@ -86,7 +87,7 @@ class Planner:
         # Generation with offloaded layers does without; see `llama.generation.steps.choose_mode`.
         wanted = isinstance(setting.work, Training) or not setting.offload_layers
         serve = products.serve(setting.dtype, has_integers=setting.scheme is not None)
-        serve = serve and products.worth_building(partition.rank_params(0) * itemsize)
+        serve = serve and products.worth_building(rank_params(partition, 0) * itemsize)
         native = threads and wanted and serve and can_build()
         return Kernels(itemsize, threads, fused, bool(native))
 

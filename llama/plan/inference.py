@@ -1,7 +1,7 @@
 """How much memory a forward pass takes beyond weights and cache: the model's own steps, added up.
 
 Tensors are counted where the code holds them: a variable of a frame that waits for its callee is
-still memory. So this file follows `llama.model`, `llama.rope` and `llama.generation` line by line,
+still memory. So this file follows `llama.model`, `llama.ops` and `llama.generation` line by line,
 and a test counts what a run allocates.
 
 Shape legend: N tokens of a pass, B rows, T tokens a row, S entries seen, E dim, Q and K the widths of

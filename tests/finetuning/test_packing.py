@@ -1,4 +1,4 @@
-"""What examples share is computed once; losses and gradients are those of the plain computation."""
+"""Packed batches: shared beginnings are computed once; losses and gradients are those of the plain computation."""
 
 import random
 from typing import Any
@@ -14,7 +14,7 @@ from tuning_support import OPENING, TEMPLATES, batch_of
 
 from llama.config import ModelArgs
 from llama.data.examples import Example
-from llama.finetuning.packing import pack
+from llama.finetuning.packing import Packed, pack
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper, n_targets
 from llama.kernels.products import round_up
@@ -48,6 +48,11 @@ def plain(model: Transformer, prompt: Tensor, examples: list[Example]) -> Tensor
         first = prompt.shape[0] + one.n_context
         total = total + F.cross_entropy(logits[first - 1 : -1], ids[0, one.n_context :], reduction="sum")
     return total / n_targets(examples)
+
+
+def n_computed(packed: Packed) -> int:
+    """Tokens that pass through the model, virtual ones and padding included."""
+    return packed.positions.shape[1]
 
 
 def in_double(examples: list[Example], n_virtual: int, share: bool = True) -> tuple[Any, ...]:
@@ -94,7 +99,8 @@ def test_without_a_soft_prompt_the_loss_is_the_plain_one() -> None:
     packed = pack(examples, 0, CPU)
     hidden = model.hidden(packed.tokens, positions=packed.positions, cache=packed)[0]
     logits = model.output(hidden[packed.supervised])
-    loss = (F.cross_entropy(logits, packed.targets, reduction="none") * packed.weights).sum() / packed.n_targets
+    losses = F.cross_entropy(logits, packed.targets, reduction="none")
+    loss = (losses * packed.weights).sum() / packed.weights.sum()
     assert abs(loss - plain(model, torch.zeros(0, DIM, dtype=torch.float64), examples)) < 1e-9
 
 
@@ -104,8 +110,7 @@ def test_what_is_shared_stands_in_the_row_once() -> None:
     row = packed.tokens[0].tolist()
     assert [row.count(token) for token in (1, OPENING[0], 40, 60)] == [1, 1, 1, 1]
     own = sum(len(one.tokens) - 1 - 1 - len(TEMPLATES[40 not in one.tokens]) for one in examples)
-    assert packed.n_computed == round_up(4 + 1 + len(OPENING) + 15 + 12 + own)
-    assert packed.n_real == sum(len(one.tokens) for one in examples)
+    assert n_computed(packed) == round_up(4 + 1 + len(OPENING) + 15 + 12 + own)
 
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -119,9 +124,9 @@ def test_every_token_has_a_place_and_little_is_padding(sizes: list[int], n_virtu
     packed = pack(examples, n_virtual, CPU)
     places = [stretch.start for stretch in packed.stretches]
     assert places == [0, *(stretch.stop for stretch in packed.stretches[:-1])]
-    assert packed.stretches[-1].stop <= packed.n_computed == packed.tokens.shape[1] + n_virtual
-    assert packed.n_targets == n_targets(examples)
-    assert packed.padding < 0.05
+    assert packed.stretches[-1].stop <= n_computed(packed) == packed.tokens.shape[1] + n_virtual
+    assert packed.weights.sum() == n_targets(examples)
+    assert 1 - packed.stretches[-1].stop / n_computed(packed) < 0.05
     assert len(packed.weights) - packed.weights.count_nonzero() < 0.05 * len(packed.weights)
 
 
@@ -135,7 +140,7 @@ def own_and_torchs(n_heads: int, n_kv_heads: int) -> list[Tensor]:
     """Attention over one batch and its gradients: ours, and torch's with every example laid out whole."""
     torch.manual_seed(2)
     packed = pack(batch_of(5), 3, CPU)
-    shapes = [(1, packed.n_computed, heads, 8) for heads in (n_heads, n_kv_heads, n_kv_heads)]
+    shapes = [(1, n_computed(packed), heads, 8) for heads in (n_heads, n_kv_heads, n_kv_heads)]
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     ours = packed.attend(0, q, k, v, packed.positions, None)
     theirs = torch.zeros_like(ours)

@@ -15,7 +15,6 @@ from torch import Tensor
 from tuning_support import batch_of
 
 from llama.adapters.lora import add_lora
-from llama.errors import AdapterError
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper
 from llama.finetuning.trainer import checkpoint_blocks, compile_blocks
@@ -98,9 +97,3 @@ def test_it_is_tuning_over_the_numbers(
 @pytest.mark.parametrize("how", ["checkpointed", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_however_it_is_run(folder: Path, how: str, method: str) -> None:
     assert_close(train(folder, INT4, method, how=how), train(folder, INT4, method))
-
-
-def test_an_update_is_not_folded_into_integers(folder: Path) -> None:
-    lora = add_lora(shard(folder, INT4))
-    with pytest.raises(AdapterError, match=r"layers\.0\.attention\.wq is quantized"):
-        lora.merge()

@@ -66,7 +66,7 @@ def test_echo_scores_the_prompt(llama: Llama) -> None:
 
 def test_scoring_in_small_pieces_changes_nothing(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = llama.generate(PROMPTS, 3, temperature=0, echo=True, logprobs=True)
-    monkeypatch.setattr("llama.generation.engine.LOGIT_FLOATS", 2000)
+    monkeypatch.setattr("llama.generation.engine.MAX_SCORED_LOGITS", 2000)
     monkeypatch.setattr("llama.generation.engine.PREFILL_TOKENS", 16)
     tokens, logprobs = llama.generate(PROMPTS, 3, temperature=0, echo=True, logprobs=True)
     assert tokens == expected[0]

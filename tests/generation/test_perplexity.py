@@ -90,7 +90,7 @@ def test_the_world_size_changes_nothing(
 def test_the_batch_changes_nothing(
     folder: Path, alone: Scores, max_batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.generation.engine.LOGIT_FLOATS", 2000)
+    monkeypatch.setattr("llama.generation.engine.MAX_SCORED_LOGITS", 2000)
     assert measured(folder, max_batch_size).log_probs == pytest.approx(alone.log_probs, abs=1e-5)
 
 

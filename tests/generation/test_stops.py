@@ -27,10 +27,10 @@ def shown(texts: list[str], stops: list[str], prompt: int = 0) -> tuple[str, int
     text = ""
     for token in range(prompt, len(texts)):
         done = watch.push(token)
-        text += watch.take(final=done)
+        text += watch.new_text(final=done)
         if done:
             return text, watch.n_dropped, True
-    return text + watch.take(final=True), watch.n_dropped, False
+    return text + watch.new_text(final=True), watch.n_dropped, False
 
 
 @pytest.mark.parametrize(
@@ -58,5 +58,5 @@ def test_nothing_that_may_become_a_stop_string_is_shown_early() -> None:
     pieces = []
     for token in range(4):
         watch.push(token)
-        pieces.append(watch.take())
+        pieces.append(watch.new_text())
     assert pieces == ["ab", "", "", "##c"]

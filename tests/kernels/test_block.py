@@ -8,7 +8,7 @@ from support import VOCAB, hf_model, meta_params, meta_state
 from llama.config import ModelArgs
 from llama.kernels import block, products
 from llama.model import RMSNorm, Transformer
-from llama.rope import apply_rope
+from llama.ops import rotate
 
 # The largest difference over the largest result: float32's sums in another order, and one rounding of 16 bits.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -45,7 +45,7 @@ def test_rotation(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, angles = randn(*shape).to(dtype), 10 * randn(*shape[:2], 1, shape[-1] // 2, seed=1)
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     expected = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
-    assert difference(block.turn_pairs(x, angles.cos(), angles.sin()), expected) < BOUNDS[dtype]
+    assert difference(block.rotate(x, angles.cos(), angles.sin()), expected) < BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -65,8 +65,8 @@ def test_tensors_that_are_empty_or_strided() -> None:
     weight = randn(64, seed=1)
     assert torch.equal(block.rms_norm(x.transpose(0, 1), weight, 1e-5), block.rms_norm(x, weight, 1e-5).transpose(0, 1))
     assert block.rms_norm(x[:0], weight, 1e-5).shape == (0, 6, 64)
-    assert block.turn_pairs(x[:0].unsqueeze(2), randn(0, 6, 1, 32), randn(0, 6, 1, 32)).shape == (0, 6, 1, 64)
-    assert block.turn_pairs(randn(1, 6, 0, 64), randn(1, 6, 1, 32), randn(1, 6, 1, 32)).shape == (1, 6, 0, 64)
+    assert block.rotate(x[:0].unsqueeze(2), randn(0, 6, 1, 32), randn(0, 6, 1, 32)).shape == (0, 6, 1, 64)
+    assert block.rotate(randn(1, 6, 0, 64), randn(1, 6, 1, 32), randn(1, 6, 1, 32)).shape == (1, 6, 0, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -94,5 +94,5 @@ def test_they_serve_no_gradient_and_no_other_dtype() -> None:
     norm = RMSNorm(8, 1e-5)
     norm(x.detach()).sum().backward()
     assert norm.weight.grad is not None
-    turned = apply_rope(x.view(1, 2, 1, 8), (torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)))
+    turned = rotate(x.view(1, 2, 1, 8), (torch.ones(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)))
     assert turned.requires_grad

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides numbers: errors, objects, who is there."""
+"""Exchange between ranks beside tensors: errors, objects, who is there."""
 
 import os
 import time
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def meet_error(at: tuple[int, ...], kind: str, text: str) -> tuple[str, str, bool]:
-    """What this rank hears of a phase in which the ranks `at` fail, and whether groups work after it."""
+    """Return this rank's error from a phase in which the ranks `at` fail, and whether groups work afterwards."""
     rank = groups.current().rank
     try:
         with groups.phase("a test"):

@@ -332,5 +332,5 @@ def test_forward_and_backward_compile_into_one_graph_each(
         for name, value in eager.items():
             scale = value.abs().max()
             assert scale > 0
-            # Eagerly, rotations have a backward of their own (llama.lean), which rounds in another order.
+            # Eagerly, rotations have a backward of their own (llama.ops), which rounds in another order.
             torch.testing.assert_close(compiled[name] / scale, value / scale, atol=2e-6, rtol=0.0)

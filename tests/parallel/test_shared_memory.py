@@ -37,7 +37,7 @@ def _available() -> None:
 
 
 def brought(rank: int, dtype: torch.dtype, n: int) -> Tensor:
-    """What a rank brings; whole numbers where the dtype has nothing else."""
+    """Return a rank's input; integers where the dtype has nothing else."""
     values = torch.randn(n, generator=torch.Generator().manual_seed(100 + rank), dtype=torch.float64)
     return (values if dtype.is_floating_point else 1000 * values).to(dtype)
 
@@ -75,7 +75,7 @@ def test_they_give_what_every_rank_brought(pools: RankPools, world_size: int, dt
 
 
 def compare_with_gloo(n: int) -> tuple[float, bool]:
-    """How far our sum and gather are from the group's own, in float64."""
+    """Return the distance of our sum and gather from the group's own, in float64."""
     with sharing() as ranks:
         x = brought(ranks.rank, torch.float64, n)
         own, expected = collectives.all_reduce(x, ranks), x.clone()
@@ -167,7 +167,7 @@ def test_a_model_says_the_same_either_way(pools: RankPools, tmp_path: Path, worl
 
 
 def segment_of(spoil: str) -> tuple[bool, list[str], list[str]]:
-    """Whether memory is shared when one rank cannot, and the files that stay."""
+    """Return whether memory is shared when one rank cannot, and the files that stay."""
     before = set(os.listdir("/dev/shm"))
     with pytest.MonkeyPatch.context() as patch:
         rank = groups.current().rank
@@ -206,7 +206,7 @@ def test_one_process_shares_with_nobody() -> None:
 
 
 def lose_rank_1() -> tuple[bool, str]:
-    """What a rank hears that goes on into a collective after another has ended."""
+    """Return the error of a rank that enters a collective after another rank has ended."""
     ranks = groups.share_memory()
     collectives.all_reduce(torch.ones(2), ranks)
     if ranks.rank == 1:

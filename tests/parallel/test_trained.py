@@ -13,7 +13,7 @@ from llama.parallel import groups
 from llama.parallel.collectives import all_reduce
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
-from llama.parallel.trained import Trained, own_part, settle
+from llama.parallel.trained import Trained, own_part, sum_gradients
 
 Cuts = tuple[range, ...]
 
@@ -54,10 +54,10 @@ def trained_of(cuts: Cuts, dim: int | None, partial: bool) -> Trained:
     return Trained("w", parameter, ranks, dim, () if dim is None else cuts, partial)
 
 
-def settled(cuts: Cuts, dim: int | None, partial: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def summed(cuts: Cuts, dim: int | None, partial: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """On every rank: the whole, this rank's part of it, its gradient, the whole gradient, the squared norm."""
     trained = trained_of(cuts, dim, partial)
-    settle([trained], trained.ranks, Ranks())
+    sum_gradients([trained], trained.ranks, Ranks())
     gradient = trained.parameter.grad
     assert gradient is not None
     assert gradient.is_contiguous()
@@ -79,7 +79,7 @@ def expected_gradient(cuts: Cuts, dim: int) -> Tensor:
 @pytest.mark.parametrize("cuts", CUTS, ids=str)
 def test_parts_of_a_cut_tensor_and_of_its_gradient_make_the_whole(pools: RankPools, cuts: Cuts, dim: int) -> None:
     expected = expected_gradient(cuts, dim)
-    answers = pools.run(len(cuts), settled, cuts, dim, False)
+    answers = pools.run(len(cuts), summed, cuts, dim, False)
     for cut, (whole, part, gradient, whole_gradient, total) in zip(cuts, answers, strict=True):
         assert torch.equal(whole, whole_of(dim))
         assert torch.equal(part, whole_of(dim).narrow(dim, cut.start, len(cut)))
@@ -97,7 +97,7 @@ def test_a_whole_tensor_counts_once_and_is_summed_only_where_gradients_are_parts
     pools: RankPools, world_size: int, partial: bool
 ) -> None:
     gradients = [gradient_of(rank, WHOLE) for rank in range(world_size)]
-    answers = pools.run(world_size, settled, (), None, partial)
+    answers = pools.run(world_size, summed, (), None, partial)
     for rank, (whole, part, gradient, _, total) in enumerate(answers):
         expected = sum(gradients) if partial else gradients[rank]
         assert torch.equal(whole, WHOLE)
@@ -107,12 +107,12 @@ def test_a_whole_tensor_counts_once_and_is_summed_only_where_gradients_are_parts
         torch.testing.assert_close(total, first.double().square().sum(), atol=0, rtol=1e-6)
 
 
-def settled_without_gradient(cuts: Cuts) -> tuple[bool, float]:
+def summed_without_gradient(cuts: Cuts) -> tuple[bool, float]:
     """Rank 0 alone has a gradient."""
     trained = trained_of(cuts, 0, False)
     if trained.ranks.rank:
         trained.parameter.grad = None
-    settle([trained], trained.ranks, Ranks())
+    sum_gradients([trained], trained.ranks, Ranks())
     assert trained.parameter.grad is not None
     return bool(trained.parameter.grad.any()), all_reduce(trained.square_sum(), trained.ranks).item()
 
@@ -121,7 +121,7 @@ def test_a_rank_without_a_gradient_takes_part(pools: RankPools) -> None:
     """No token of this step met its queries, say: it must neither wait nor be waited for."""
     cuts = kv_rows(3)
     own = gradient_of(0, WHOLE.narrow(0, 0, len(cuts[0])))
-    answers = pools.run(3, settled_without_gradient, cuts)
+    answers = pools.run(3, summed_without_gradient, cuts)
     assert [any_ for any_, _ in answers] == [cut == cuts[0] for cut in cuts]
     for _, total in answers:
         assert total == pytest.approx(own.double().square().sum().item(), rel=1e-6)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from counting import GEOMETRIES, counted
+from offloading import buffer_bytes
 from support import hf_model, sentencepiece_model, write_meta
 
 from llama import Llama, flags
@@ -104,7 +105,7 @@ def test_weights_of_integers_and_offloaded_layers(scheme: Scheme, n_offloaded: i
         if n_offloaded:
             offload = offload_of(model)
             assert offload is not None
-            assert items["buffers"].nbytes == offload.buffer_bytes
+            assert items["buffers"].nbytes == buffer_bytes(offload)
             held -= sum(parameter.nbytes for home in offload.homes for parameter in home.parameters)
             if device == "cuda":
                 assert items["offloaded"].nbytes == offload.host_bytes

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,
@@ -23,13 +22,14 @@ from quantized_support import (
     wide_model,
     write_state,
 )
-from support import meta_state, write_hf, write_meta
+from support import gather_logits, meta_state, write_hf, write_meta
 from torch import Tensor
 
 from llama import config
 from llama.checkpoint import files, rows
 from llama.checkpoint.load import cut_model, load_model, materialise
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import specs
 from llama.config import ModelArgs
 from llama.errors import QuantizationError
 from llama.kernels.formats import quantize
@@ -37,6 +37,7 @@ from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import peak_bytes
 
 OnRanks = Callable[..., list]
 
@@ -61,7 +62,7 @@ def answers(folder: Path, scheme: Scheme | None, tensor_split: str | None) -> tu
     """Whole logits of a few tokens, and the gradient that reaches a soft prompt before them."""
     model = shard(folder, scheme, tensor_split)
     tokens = torch.arange(40).reshape(2, 20) * 7 % model.args.vocab_size
-    logits = model.gather_logits(model(tokens).detach())
+    logits = gather_logits(model, model(tokens).detach())
     generator = torch.Generator().manual_seed(3)
     prompt = (torch.randn(1, 5, model.args.dim, generator=generator) * 0.1).requires_grad_()
     words = model.tok_embeddings(tokens[:1])
@@ -115,7 +116,7 @@ def test_integers_are_those_of_the_stored_values(
     folder = write_hf(tmp_path, model) if layout == "hf" else write_meta(tmp_path, model, 2, 1, dtype=stored)
     held = dict(shard(folder, INT4, dtype=torch.bfloat16).named_parameters())
     for name, weight in meta_state(model).items():
-        form = INT4.form(name, open_checkpoint(folder).args)
+        form = specs(open_checkpoint(folder).args, INT4)[name].form
         if form is None:
             assert torch.equal(held[name], weight.bfloat16())
             continue
