@@ -19,9 +19,11 @@ from llama.config import ModelArgs, geometry
 from llama.device import DTYPES, choose_device, choose_dtype
 from llama.errors import LlamaError, UsageError
 from llama.finetuning.settings import METHODS, TrainSettings, workload
-from llama.plan.advice import NAMES, Plan, Planner, Setting, change, command, table
+from llama.plan.advice import Planner
 from llama.plan.inference import Workload
 from llama.plan.memory import given_memory, machine_memory
+from llama.plan.needs import Plan, Proposal
+from llama.plan.words import NAMES, change, command, table
 from llama.quantization.scheme import Asked, Scheme, settle
 from llama.sizes import show_bytes, show_count
 
@@ -57,30 +59,30 @@ def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_param
 
 
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
-    setting = plan.setting
-    integers = "" if setting.scheme is None else f" ({setting.scheme.words()})"
-    offloaded = f", {setting.offload_layers} layers offloaded" if setting.offload_layers else ""
-    ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
-    split = f" split {setting.tensor_split}" if setting.tensor_split else ""
+    proposal = plan.proposal
+    integers = "" if proposal.scheme is None else f" ({proposal.scheme.words()})"
+    offloaded = f", {proposal.offload_layers} layers offloaded" if proposal.offload_layers else ""
+    ranks = "1 rank" if proposal.n_ranks == 1 else f"{proposal.n_ranks} ranks"
+    split = f" split {proposal.tensor_split}" if proposal.tensor_split else ""
     return (
-        f"{name}: {show_count(n_unique_params(args))} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
-        f"{offloaded}, {setting.work.words()} at a time"
+        f"{name}: {show_count(n_unique_params(args))} parameters in {NAMES[proposal.dtype]}{integers} on {ranks}{split}"
+        f"{offloaded}, {proposal.work.words()} at a time"
     )
 
 
 def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str) -> str:
     """What would fit, as commands."""
-    settings = planner.advise(plan.setting)
-    if not settings:
+    proposals = planner.advise(plan.proposal)
+    if not proposals:
         return (
             f"does not fit: {show_bytes(plan.excess(plan.worst()))} are lacking on {plan.worst().name}, "
             "and neither fewer bits, more ranks, another split, a smaller batch nor a shorter length would mend it"
         )
     lines = ["does not fit; these would:"]
-    for setting in settings:
-        lines.append(f"  {change(setting, plan.setting)}:")
-        wanted = dtype if setting.dtype == plan.setting.dtype else NAMES[setting.dtype]
-        lines.append(f"    {command(setting, ckpt_dir, wanted, device, planner.stored)}")
+    for proposal in proposals:
+        lines.append(f"  {change(proposal, plan.proposal)}:")
+        wanted = dtype if proposal.dtype == plan.proposal.dtype else NAMES[proposal.dtype]
+        lines.append(f"    {command(proposal, ckpt_dir, wanted, device, planner.stored)}")
     return "\n".join(lines)
 
 
@@ -183,7 +185,7 @@ def main(
     scheme = settle(asked, stored, Path(name))
     chosen = planned_dtype(dtype, where, file_dtype, n_unique_params(args))
     planner = Planner(args, where.type, there, host, stored)
-    plan = planner.plan(Setting(nproc, work, chosen, tensor_split, scheme, offload_layers))
+    plan = planner.plan(Proposal(nproc, work, chosen, tensor_split, scheme, offload_layers))
     print(heading(plan, name, args))
     print(table(plan))
     print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", dtype, device))
