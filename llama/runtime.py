@@ -23,7 +23,7 @@ from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.plan.advice import check_fit
 from llama.plan.inference import Workload
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.quantization.scheme import Asked, Scheme, choose_scheme
 from llama.sizes import show_count
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
@@ -173,7 +173,7 @@ def open_model(
     args = checkpoint.args
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
-    scheme = settle(options.quantization, checkpoint.scheme, shown(checkpoint.path))
+    scheme = choose_scheme(options.quantization, checkpoint.scheme, shown(checkpoint.path))
     if scheme is not None and args.tied and scheme.embedding not in (None, scheme.output):
         notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(args, scheme, groups.model_size(model_parallel_size), options.tensor_split)

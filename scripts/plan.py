@@ -24,7 +24,7 @@ from llama.plan.inference import Workload
 from llama.plan.memory import given_memory, machine_memory
 from llama.plan.needs import Plan, Proposal
 from llama.plan.words import NAMES, change, command, table
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.quantization.scheme import Asked, Scheme, choose_scheme
 from llama.sizes import show_bytes, show_count
 
 
@@ -182,7 +182,7 @@ def main(
     work = planned_work(train, max_seq_len, max_batch_size, flags)
     args, file_dtype, stored, name = described(ckpt_dir, model)
     asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
-    scheme = settle(asked, stored, Path(name))
+    scheme = choose_scheme(asked, stored, Path(name))
     chosen = planned_dtype(dtype, where, file_dtype, n_unique_params(args))
     planner = Planner(args, where.type, there, host, stored)
     plan = planner.plan(Proposal(nproc, work, chosen, tensor_split, scheme, offload_layers))
