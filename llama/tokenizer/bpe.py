@@ -46,8 +46,8 @@ _NAMED = [
 # In the order of their ids, which start where the ranks end.
 SPECIAL_TOKENS = [*_NAMED, *(f"<|reserved_special_token_{i + 2}|>" for i in range(N_SPECIAL - len(_NAMED)))]
 
-# tiktoken's regex engine panics on longer texts and on longer runs, so Meta cuts them here. Where a cut
-# falls decides the ids, hence the same numbers and the same order: blocks first, runs within a block.
+# tiktoken's regex engine panics on longer texts and on longer runs, so Meta cuts them here. The place of a cut
+# decides the ids, hence the same numbers and the same order: blocks first, runs within a block.
 MAX_BLOCK_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")

@@ -1,8 +1,7 @@
-"""Write a tokenizer as Hugging Face's `tokenizer.json`, from SentencePiece models and tiktoken ranks.
+"""Tokenizers written as Hugging Face's `tokenizer.json`, from SentencePiece models and tiktoken ranks.
 
-Only the `tokenizers` library is needed. Merges are recovered from the vocabulary, as transformers'
-convert_slow_tokenizer.py does: a piece may come from any two pieces that it is made of. What comes out is held
-against the original on awkward texts before it is written.
+Only the `tokenizers` library is needed. Merges are recovered from the vocabulary, as in transformers'
+convert_slow_tokenizer.py. The new tokenizer is compared with the original on awkward texts before it is written.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def write_hf_tokenizer(file: Path, folder: Path) -> None:
 
 
 def write_tokenizer_config(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer_config.json`, which has `AutoTokenizer` take the `tokenizer.json` beside it as it is."""
+    """Write `tokenizer_config.json`, which makes `AutoTokenizer` use the `tokenizer.json` beside it unchanged."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     config = {
         # LlamaTokenizer would build a pipeline of its own around the vocabulary.
@@ -102,7 +101,7 @@ def _from_sentencepiece(sp: sentencepiece.SentencePieceProcessor, ours: Tokenize
 
 
 def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[Any]:
-    """What SentencePiece does to blanks before it looks for pieces."""
+    """Return the steps by which SentencePiece normalizes blanks before it looks for pieces."""
     steps: list[Any] = []
     if sp.normalize("a  b ").count(SPACE_MARK) == 1 + adds_blank:  # extra blanks are removed
         steps = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]

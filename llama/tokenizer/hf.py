@@ -30,7 +30,7 @@ class HfTokenizer(Tokenizer):
     """A tokenizer read from `tokenizer.json` and the configuration files beside it.
 
     Text is decoded by Meta's rules for the vocabulary's family, so that a checkpoint answers the same
-    whichever of its tokenizer files is read: byte-level vocabularies spell their special tokens out,
+    with any of its tokenizer files: byte-level vocabularies spell their special tokens out,
     SentencePiece's leave control tokens out.
 
     Args:
@@ -170,7 +170,7 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _strips_blank(steps: dict[str, dict[str, Any]]) -> bool:
-    """Whether the blank that encoding put in front of a text is taken off again."""
+    """True where decoding removes the blank that encoding put in front of a text."""
     if "Metaspace" in steps:
         step = steps["Metaspace"]
         return bool(step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True))

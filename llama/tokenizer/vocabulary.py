@@ -1,6 +1,6 @@
-"""A tokenizer laid open: its tokens, what each is, and how they merge, for programs that bring their own code.
+"""Vocabularies: tokens with their kinds and merges, for programs with tokenizers of their own.
 
-Every tokenizer of ours gives one (`Tokenizer.vocabulary`); the GGUF export writes it.
+Every tokenizer of ours returns its vocabulary (`Tokenizer.vocabulary`), and the GGUF export writes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Token = TypeVar("Token", str, bytes)
 
 
 class Kind(IntEnum):
-    """What a token is; numbered as in SentencePiece's `ModelProto` and in GGUF."""
+    """The kinds of tokens, numbered as in SentencePiece's `ModelProto` and in GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -41,10 +41,10 @@ class Vocabulary:
         kinds: of each token.
         scores: of each token; empty for bpe.
         merges: "left right", the first to be applied first; empty for spm.
-        pattern: for bpe, how text is cut into words: "llama3" or "gpt2".
-        space_prefix: whether a blank is put in front of every text.
+        pattern: for bpe, the rule that cuts text into words: "llama3" or "gpt2".
+        space_prefix: true where a blank is put in front of every text.
         unk_id: the unknown token, or -1.
-        remarks: where a program that knows only these fields would cut text otherwise.
+        remarks: cases in which a program that knows only these fields would cut text otherwise.
     """
 
     family: str
@@ -103,7 +103,7 @@ _SPELLING = {byte: character for character, byte in BYTE_OF.items()}
 
 
 def spell(token: bytes) -> str:
-    """A token's bytes in GPT-2's alphabet."""
+    """Return a token's bytes in GPT-2's alphabet."""
     return "".join(_SPELLING[byte] for byte in token)
 
 
@@ -164,7 +164,7 @@ def _remarks(trainer: Mapping[int, object], normalizer: Mapping[int, object], ki
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of every field of a protobuf message: whole numbers, or bytes for anything else."""
+    """Yield number and value of every field of a protobuf message: a whole number, or bytes for anything else."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
