@@ -40,7 +40,7 @@ def _llama_2(size: str, chat: str) -> Published:
 
 
 def _llama_3(version: str, size: str, tuning: str) -> Published:
-    """Return a model of Llama 3 or later; the hub calls the first version Meta-Llama, and its folders are named apart."""
+    """Return a model of Llama 3 or later; the hub calls the first version Meta-Llama, in folders of other names."""
     stem = f"Llama-{version}-{size.upper()}{tuning}"
     folder = stem + ("-MP8" if size == "405b" else "")  # there are also 16 shards, and 8-bit ones
     if version == "3":
