@@ -1,6 +1,7 @@
-"""The house: imports point one way, folders of files stay folders of files, importing is quick."""
+"""The house: imports point one way, folders of files stay folders of files, importing is quick, docstrings name."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,25 @@ def test_the_environment_is_settled_before_torch_is_loaded(root: Path) -> None:
 def test_entry_points_are_short(root: Path) -> None:
     for path in root.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Line and text of every docstring of a file: module, classes, functions and methods."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+    return [(getattr(node, "lineno", 1), text) for node in nodes if (text := ast.get_docstring(node)) is not None]
+
+
+def test_docstrings_say_it_rather_than_ask(root: Path) -> None:
+    paths = [*root.glob("*.py"), *(root / "llama").rglob("*.py"), *(root / "scripts").rglob("*.py")]
+    found = [(path, line, text) for path in sorted(paths) for line, text in docstrings(path)]
+    assert len(found) > 1000  # the walk finds them
+    refused = [
+        f"{path.relative_to(root)}:{line}: {text.splitlines()[0]}"
+        for path, line, text in found
+        if re.match(r"(what|how|whether)\b", text.lstrip("\"'`*_ "), flags=re.IGNORECASE)
+    ]
+    assert not refused, "begin with a verb or with what it is (see CONTRIBUTING.md):\n" + "\n".join(refused)
 
 
 def test_pins_and_ranges_agree(root: Path) -> None:
