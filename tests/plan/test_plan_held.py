@@ -117,6 +117,20 @@ def test_weights_of_integers_and_offloaded_layers(scheme: Scheme, n_offloaded: i
         assert plan.ranks[rank].total(in_host=True) == (offload.host_bytes if n_offloaded and device == "cuda" else 0)
 
 
+@pytest.mark.parametrize("can_build", [False, True])
+def test_kernels_count_with_offloaded_layers_too(monkeypatch: pytest.MonkeyPatch, can_build: bool) -> None:
+    monkeypatch.setattr(advice, "can_build", lambda: can_build)
+    planner = Planner(geometry("llama-3-8b"), "cpu", given_memory("40GB", 1))
+
+    def activations(n_offloaded: int) -> int:
+        proposal = Proposal(1, Workload(1, 12), torch.bfloat16, None, Scheme.create("int4"), n_offloaded)
+        return planner.plan(proposal).ranks[0].total(("activations",))
+
+    assert activations(4) == activations(0)
+    # Few rows are multiplied by kernels as they are; torch widens the matrices first.
+    assert (activations(0) < 10**7) == can_build
+
+
 # -- advice ----------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.settings import TrainSettings, workload
 from llama.finetuning.step import Stepper
 from llama.finetuning.trainer import checkpoint_blocks
+from llama.flags import arguments_of
 from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
@@ -386,4 +387,4 @@ def test_the_command(root: Path) -> None:
 )
 def test_mistakes_are_named(script: ModuleType, flags: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)):
-        script.main(model="llama-2-7b", memory="8GB", **flags)
+        script.main(**arguments_of(script.main, {"model": "llama-2-7b", "memory": "8GB", **flags}))
