@@ -16,8 +16,9 @@ from typing import Any
 from llama.env import notice
 from llama.errors import CheckpointError, LlamaError
 
-# Llama 3's base of RoPE; Llama 1's and 2's is 10,000.
+# Llama 3's base of RoPE, where Llama 1 and 2 have 10,000; and the factors of RoPE's scaling from 3.1 on.
 LLAMA_3_THETA = 500_000.0
+LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
 
 
 @dataclass(frozen=True)
@@ -362,6 +363,11 @@ def _llama_1(dim: int, n_layers: int, n_heads: int, norm_eps: float = 1e-6) -> M
     return ModelArgs(dim, n_layers, n_heads, vocab_size=32000, multiple_of=256, norm_eps=norm_eps)
 
 
+def _llama_2(dim: int, n_layers: int, n_heads: int) -> ModelArgs:
+    """Return a Llama 2 without groups of heads, which differs from Llama 1 in the epsilon alone."""
+    return _llama_1(dim, n_layers, n_heads, norm_eps=1e-5)
+
+
 def _llama_3(
     dim: int,
     n_layers: int,
@@ -387,15 +393,6 @@ def _llama_3(
     )
 
 
-def _llama_2(dim: int, n_layers: int, n_heads: int) -> ModelArgs:
-    """Return a Llama 2 without groups of heads, which differs from Llama 1 in the epsilon alone."""
-    return _llama_1(dim, n_layers, n_heads, norm_eps=1e-5)
-
-
-_LLAMA_2_70B = ModelArgs(
-    8192, 80, 64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5
-)
-
 GEOMETRIES: dict[str, ModelArgs] = {
     "llama-1-7b": _llama_1(4096, 32, 32),
     "llama-1-13b": _llama_1(5120, 40, 40),
@@ -403,20 +400,21 @@ GEOMETRIES: dict[str, ModelArgs] = {
     "llama-1-65b": _llama_1(8192, 80, 64, norm_eps=1e-5),
     "llama-2-7b": _llama_2(4096, 32, 32),
     "llama-2-13b": _llama_2(5120, 40, 40),
-    "llama-2-70b": _LLAMA_2_70B,
+    "llama-2-70b": ModelArgs(
+        8192, 80, 64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5
+    ),
     "llama-3-8b": _llama_3(4096, 32, 32, 1024, 1.3),
     "llama-3-70b": _llama_3(8192, 80, 64, 4096, 1.3),
-    "llama-3.1-8b": _llama_3(4096, 32, 32, 1024, 1.3, factor=8),
-    "llama-3.1-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=8),
-    "llama-3.1-405b": _llama_3(16384, 126, 128, 4096, 1.2, factor=8),
-    "llama-3.2-1b": _llama_3(2048, 16, 32, 256, 1.5, factor=32, tied=True),
-    "llama-3.2-3b": _llama_3(3072, 28, 24, 256, 1.0, factor=32, tied=True),
-    "llama-3.3-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=8),
+    "llama-3.1-8b": _llama_3(4096, 32, 32, 1024, 1.3, factor=LLAMA_3_1_FACTOR),
+    "llama-3.1-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=LLAMA_3_1_FACTOR),
+    "llama-3.1-405b": _llama_3(16384, 126, 128, 4096, 1.2, factor=LLAMA_3_1_FACTOR),
+    "llama-3.2-1b": _llama_3(2048, 16, 32, 256, 1.5, factor=LLAMA_3_2_FACTOR, tied=True),
+    "llama-3.2-3b": _llama_3(3072, 28, 24, 256, 1.0, factor=LLAMA_3_2_FACTOR, tied=True),
+    "llama-3.3-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=LLAMA_3_1_FACTOR),
 }
 # The folder that Meta shipped is called 30B, the paper says 33B.
 ALIASES = {"llama-1-33b": "llama-1-30b"}
 
-LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
 # (dim, n_layers) of Llama 3.2 1B and 3B: Meta's params.json tells neither their RoPE factor nor that they are tied.
 LLAMA_3_2_GEOMETRIES = frozenset(
     (args.dim, args.n_layers) for name, args in GEOMETRIES.items() if name.startswith("llama-3.2-")
