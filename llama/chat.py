@@ -34,7 +34,7 @@ ALTERNATING: Order = {
     "assistant": ("user",),
 }
 # Meta checks nothing here. Several users' turns in a row and several tools' are in use and allowed;
-# "ipython" is what Llama 3's own header calls a tool.
+# Llama 3's own header calls a tool "ipython".
 LLAMA3_ORDER: Order = {
     None: ("system", "user"),
     "system": ("user",),
@@ -51,7 +51,7 @@ def validate(dialog: Dialog, index: int = 0, order: Order = ALTERNATING) -> None
 
     Args:
         dialog: of any type.
-        index: number of the dialog among those of the call, from 0; only for messages.
+        index: number of the dialog in the call, from 0; only for messages.
         order: the roles that may follow each role.
 
     Raises:
@@ -100,7 +100,7 @@ class ChatFormat(ABC):
 
         Args:
             dialog: messages, of which the last is to be answered.
-            index: number of the dialog among those of the call, from 0; only for error messages.
+            index: number of the dialog in the call, from 0; only for error messages.
 
         Raises:
             DialogError: see `validate`.
@@ -114,7 +114,7 @@ class ChatFormat(ABC):
         Args:
             dialog: messages, of which the last is answered.
             answer: the assistant's text.
-            index: number of the dialog among those of the call, from 0; only for error messages.
+            index: number of the dialog in the call, from 0; only for error messages.
 
         Raises:
             DialogError: see `validate`.

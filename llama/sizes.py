@@ -64,7 +64,7 @@ def check_space(folder: Path, nbytes: int, need: str, remedy: str, error: type[L
         nbytes: bytes to be written.
         need: the message's beginning, such as "13.00 GB are missing".
         remedy: the way out besides making room, such as "choose another --output_dir".
-        error: the class of what is raised.
+        error: the class to raise.
 
     Raises:
         LlamaError: of the class `error`, naming both sizes.

@@ -133,7 +133,7 @@ def main(
     training: Annotated[Given[TrainSettings], Only(*FLAGS_OF_TRAINING)] = Given(TrainSettings, {}),
     options: Annotated[RunOptions, Without("threads", "no_plan")] = RunOptions(),
 ) -> None:
-    """Say whether a model fits, before anything is loaded, and if not what would.
+    """Say whether a model fits into memory, before anything is loaded, and if not, propose runs that would.
 
     Args:
         ckpt_dir: folder of the weights; only headers are read.
@@ -141,7 +141,7 @@ def main(
         nproc: ranks that share the model.
         max_seq_len: tokens of prompt and completion together, or of an example with --train, at most.
         max_batch_size: prompts that run at a time, at most; 32.
-        memory: what each rank has, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
+        memory: memory of each rank, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
             cards or the main memory of this machine are asked.
         train: prompt or lora: plan for ft_main.py in place of example.py, with its flags and their defaults below.
         device: auto, cpu, cuda, cuda:N or mps; with memory given, cuda needs no card here.

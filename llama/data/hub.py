@@ -20,7 +20,7 @@ def read_hub_records(dataset: str, fields: tuple[str, ...], required: tuple[str,
 
     Args:
         dataset: a name on the Hub such as "tatsu-lab/alpaca", a folder, or a .parquet file.
-        fields: the columns to read, of those that are there.
+        fields: the columns to read where they exist.
         required: the columns that must be there.
 
     Raises:

@@ -21,7 +21,7 @@ from llama.download.checklist import BLOCK_BYTES, Progress
 from llama.download.transfer import require_space
 from llama.errors import DownloadError
 
-# Where licences are accepted, also by those who download from a mirror.
+# Licences are accepted there, also before downloading from a mirror.
 HOME = "https://huggingface.co"
 ORIGINAL = "original"
 # Files under way at once: an interrupted one starts anew, so they are few.

@@ -24,7 +24,7 @@ from llama.errors import DownloadError
 from llama.sizes import check_space, show_gigabytes
 
 PARTIAL = ".partial"
-# What is lost at most when a connection breaks off: a block is handed on when it is complete.
+# Bytes of a block, which is written when it is complete, and lost when the connection breaks off before.
 NET_BYTES = 1 << 16
 # Lists and the like, which are kept in memory.
 MAX_TEXT_BYTES = 1 << 20

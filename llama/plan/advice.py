@@ -170,7 +170,7 @@ class Planner:
 
     def _ways(self, proposal: Proposal) -> list[Proposal]:
         split = self._by_split(proposal)
-        # Where a split alone helps, the other ways are those without one.
+        # Where a split alone helps, the other ways do without a split.
         fitting = self._split_to_fit if split is None else lambda other: other if self._fits(other) else None
         ways = (
             self._by_dtype, self._by_int8, self._by_int4, self._by_ranks, self._by_offload, self._by_checkpointing,

@@ -283,7 +283,7 @@ class _Step:
         # SwiGLU's backward has three tensors; before it comes w2's backward, and before that w2's forward.
         down = self.width + self._product(self.dim, self.ffn, self.n_tokens, self.form)
         product = Product(self.form, self.dim, self.ffn, self.kernels)
-        # Both norms' outputs wait in their frames; a gradient waits only for what is computed again.
+        # Both norms' outputs wait in their frames; a gradient waits only where the block is computed again.
         waiting = 3 if self.n_layers - 1 in self.again else 2
         forward = waiting * self.stream + self.width + product.forward(self.n_tokens, kept=True)
         # Both gradients of w1 and w3 are there; the tensors that SwiGLU kept are freed.

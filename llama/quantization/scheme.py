@@ -69,7 +69,7 @@ class Scheme:
         )
 
     def form(self, name: str, args: ModelArgs) -> Form | None:
-        """Return how a matrix is held, by Meta's name; None where it is held as numbers."""
+        """Return the form of a matrix by Meta's name; None for a matrix of numbers."""
         if name == OUTPUT or (name == EMBEDDING and args.tied):
             return self.output
         if name == EMBEDDING:
@@ -142,7 +142,7 @@ def _words(form: Form | None) -> str:
     return form.kind if not form.group_size else f"{form.kind} in groups of {form.group_size}"
 
 
-# -- what is asked for -----------------------------------------------------------------------------
+# -- flags -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ class PieceStream(TextStream):
 
     Args:
         pieces: id to its piece; a SPACE_MARK in the text is a blank.
-        strippable: how many pieces may lose one leading blank before the first text appears: 1 where
+        strippable: pieces that may lose one leading blank before the first text appears: 1 where
             encoding adds a blank in front (the Llamas), 0 where it does not, -1 for no limit.
     """
 

@@ -23,7 +23,7 @@ _PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
 
 _MARKUP = re.compile(r"<\|.*\|>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_UNKNOWN_TEXT = " ⁇ "  # what SentencePiece writes for its unknown token
+_UNKNOWN_TEXT = " ⁇ "  # SentencePiece's text for its unknown token
 
 
 class HfTokenizer(Tokenizer):
@@ -156,7 +156,7 @@ def _take_as_typed(core: tokenizers.Tokenizer, structural: set[int]) -> None:
         if not token.special and (token_id in structural or _MARKUP.fullmatch(token.content))
     ]
     core.add_special_tokens(unflagged)
-    # Training settings that some files carry along would cut or fill up what is encoded.
+    # Training settings that some files carry along would cut or pad the ids.
     core.no_truncation()
     core.no_padding()
 
