@@ -1,4 +1,4 @@
-"""Will it fit? What each rank needs beside what is there: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
+"""Will it fit? The needs of each rank beside its memory: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
 
 python scripts/plan.py --model llama-2-70b --nproc 4 --dtype fp16 --memory 8GB,8GB,24GB,24GB
 python scripts/plan.py --model llama-2-7b --nproc 4 --dtype bf16 --memory 8GB --train lora --lora_r 8
@@ -7,8 +7,9 @@ python scripts/plan.py --model llama-3-8b --device cuda --memory 6GB --quantize 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -19,16 +20,21 @@ from llama.config import ModelArgs, geometry
 from llama.device import DTYPES, choose_device, choose_dtype
 from llama.errors import LlamaError, UsageError
 from llama.finetuning.settings import METHODS, TrainSettings, workload
-from llama.plan.advice import NAMES, Plan, Planner, Setting, change, command, show_bytes, table
+from llama.flags import Given, Only, Without
+from llama.plan.advice import Planner
 from llama.plan.inference import Workload
 from llama.plan.memory import given_memory, machine_memory
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.plan.needs import Plan, Proposal
+from llama.plan.words import NAMES, change, command, table
+from llama.quantization.scheme import Scheme, choose_scheme
+from llama.runtime import RunOptions
+from llama.sizes import show_bytes, show_count
 
 
 def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch.dtype, Scheme | None, str]:
-    """The geometry, the dtype of its files (Meta's, for a name alone), how they hold integers, and its name.
+    """Return the geometry, the dtype of the files (Meta's, for a name alone), their scheme, and the model's name.
 
-    Of a checkpoint only headers are read.
+    Only a checkpoint's headers are read.
 
     Raises:
         LlamaError: unless one of the two is given.
@@ -42,68 +48,65 @@ def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch
 
 
 def planned_device(device: str, is_given: bool) -> torch.device:
-    """The device; a card need not be here when its memory is given."""
+    """Return the device; a card need not be here when its memory is given."""
     if device == "cuda" and is_given and not torch.cuda.is_available():
         return torch.device("cuda")
     return choose_device(device)
 
 
 def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_params: int) -> torch.dtype:
-    """As a run would choose it; a card that is not here may have either 16-bit type, of the same size."""
+    """Return the dtype that a run would choose; a card that is not here counts as one of 16 bits."""
     if dtype == "auto" and device.type == "cuda" and not torch.cuda.is_available():
         return DTYPES["fp16"]
     return choose_dtype(dtype, device, stored, n_params)
 
 
-def count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"
-
-
 def heading(plan: Plan, name: str, args: ModelArgs) -> str:
-    setting = plan.setting
-    integers = "" if setting.scheme is None else f" ({setting.scheme.words()})"
-    offloaded = f", {setting.offload_layers} layers offloaded" if setting.offload_layers else ""
-    ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
-    split = f" split {setting.tensor_split}" if setting.tensor_split else ""
+    proposal = plan.proposal
+    integers = "" if proposal.scheme is None else f" ({proposal.scheme.words()})"
+    offloaded = f", {proposal.offload_layers} layers offloaded" if proposal.offload_layers else ""
+    ranks = "1 rank" if proposal.n_ranks == 1 else f"{proposal.n_ranks} ranks"
+    split = f" split {proposal.tensor_split}" if proposal.tensor_split else ""
     return (
-        f"{name}: {count(n_unique_params(args))} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
-        f"{offloaded}, {setting.work.words()} at a time"
+        f"{name}: {show_count(n_unique_params(args))} parameters in {NAMES[proposal.dtype]}{integers} on {ranks}{split}"
+        f"{offloaded}, {proposal.work.words()} at a time"
     )
 
 
 def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str) -> str:
-    """What would fit, as commands."""
-    settings = planner.advise(plan.setting)
-    if not settings:
+    """Return commands that would fit."""
+    proposals = planner.advise(plan.proposal)
+    if not proposals:
         return (
             f"does not fit: {show_bytes(plan.excess(plan.worst()))} are lacking on {plan.worst().name}, "
             "and neither fewer bits, more ranks, another split, a smaller batch nor a shorter length would mend it"
         )
     lines = ["does not fit; these would:"]
-    for setting in settings:
-        lines.append(f"  {change(setting, plan.setting)}:")
-        wanted = dtype if setting.dtype == plan.setting.dtype else NAMES[setting.dtype]
-        lines.append(f"    {command(setting, ckpt_dir, wanted, device, planner.stored)}")
+    for proposal in proposals:
+        lines.append(f"  {change(proposal, plan.proposal)}:")
+        wanted = dtype if proposal.dtype == plan.proposal.dtype else NAMES[proposal.dtype]
+        lines.append(f"    {command(proposal, ckpt_dir, wanted, device, planner.stored)}")
     return "\n".join(lines)
 
 
 FOR_METHOD = {"prompt": ("num_virtual_tokens",), "lora": ("lora_r", "lora_targets", "lora_dropout")}
 FOR_TRAINING = ("batch_size", "activation_checkpointing")
+FLAGS_OF_TRAINING = (*FOR_TRAINING, *FOR_METHOD["prompt"], *FOR_METHOD["lora"])
 
 
-def planned_work(train: str | None, max_seq_len: int, max_batch_size: int | None, flags: dict[str, Any]) -> Workload:
-    """What is run at a time: prompts, or with `train` the batch that the other flags describe.
+def planned_work(train: str | None, max_seq_len: int, max_batch_size: int | None, flags: Mapping[str, Any]) -> Workload:
+    """Return the work of a run: prompts, or with `train` the batch that the other flags describe.
 
     Args:
         train: "prompt", "lora" or None.
         max_seq_len: of prompt and completion together, or of an example.
         max_batch_size: prompts at a time; None where it was not given.
-        flags: of a training run, by name; None or False where one was not given.
+        flags: of a training run that were typed, by name.
 
     Raises:
         UsageError: for a flag that has no meaning beside the others.
     """
-    given = {name: value for name, value in flags.items() if value is not None and value is not False}
+    given = {name: value for name, value in flags.items() if value is not False}
     if train is None:
         if given:
             raise UsageError(f"--{next(iter(given))} is of training: add --train prompt or --train lora")
@@ -125,24 +128,12 @@ def main(
     nproc: int = 1,
     max_seq_len: int = 512,
     max_batch_size: int | None = None,
-    dtype: str = "auto",
     memory: str | None = None,
-    tensor_split: str | None = None,
-    device: str = "auto",
     train: str | None = None,
-    batch_size: int | None = None,
-    num_virtual_tokens: int | None = None,
-    lora_r: int | None = None,
-    lora_targets: str | None = None,
-    lora_dropout: float | None = None,
-    activation_checkpointing: bool = False,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    quantize_output: str | None = None,
-    quantize_embedding: str | None = None,
-    offload_layers: int = 0,
+    training: Annotated[Given[TrainSettings], Only(*FLAGS_OF_TRAINING)] = Given(TrainSettings, {}),
+    options: Annotated[RunOptions, Without("threads", "no_plan")] = RunOptions(),
 ) -> None:
-    """Say whether a model fits, before anything is loaded, and if not what would.
+    """Say whether a model fits into memory, before anything is loaded, and if not, propose runs that would.
 
     Args:
         ckpt_dir: folder of the weights; only headers are read.
@@ -150,46 +141,30 @@ def main(
         nproc: ranks that share the model.
         max_seq_len: tokens of prompt and completion together, or of an example with --train, at most.
         max_batch_size: prompts that run at a time, at most; 32.
-        dtype: auto, fp32, bf16 or fp16.
-        memory: what each rank has, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
+        memory: memory of each rank, such as 8GB,8GB,24GB,24GB (1e9 bytes each), or one size for all; by default the
             cards or the main memory of this machine are asked.
-        tensor_split: weights of the ranks, such as 3,1.
-        device: auto, cpu or cuda; with memory given, cuda needs no card here.
         train: prompt or lora: plan for ft_main.py in place of example.py, with its flags and their defaults below.
+        device: auto, cpu, cuda, cuda:N or mps; with memory given, cuda needs no card here.
         batch_size: examples that a copy of the model takes at a time; accumulating gradients takes no more memory.
-        num_virtual_tokens: of the soft prompt.
-        lora_r: rank of LoRA's updates.
-        lora_targets: linears that LoRA updates, such as wq,wv or all.
-        lora_dropout: probability with which LoRA leaves a feature out; above 0 it keeps more.
-        activation_checkpointing: keep only what enters each layer and compute the rest again.
-        quantize: hold the weights as int8 or int4; by default as the checkpoint holds them.
-        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
-        quantize_output: int8, int4 or none, of the output layer; by default int8.
-        quantize_embedding: int8, int4 or none, of an embedding that is not the output layer; by default none.
-        offload_layers: layers that stay in main memory and are streamed to the card.
+        lora_dropout: part of a linear's inputs left out of its update; above 0 it keeps more.
     """
-    flags = {
-        "batch_size": batch_size, "num_virtual_tokens": num_virtual_tokens, "lora_r": lora_r,
-        "lora_targets": lora_targets, "lora_dropout": lora_dropout,
-        "activation_checkpointing": activation_checkpointing,
-    }  # fmt: skip
     for name, value in {"nproc": nproc, "max_seq_len": max_seq_len, "max_batch_size": max_batch_size}.items():
         if value is not None and value < 1:
             raise LlamaError(f"{name} must be a whole number above 0, is {value}")
-    where = planned_device(device, memory is not None)
+    where = planned_device(str(options.device), memory is not None)
     there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
     # Cards that a person names may stand in another machine, of whose main memory nothing is known.
     host = machine_memory(torch.device("cpu")) if memory is None and where.type == "cuda" else None
-    work = planned_work(train, max_seq_len, max_batch_size, flags)
+    work = planned_work(train, max_seq_len, max_batch_size, training.values)
     args, file_dtype, stored, name = described(ckpt_dir, model)
-    asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
-    scheme = settle(asked, stored, Path(name))
-    chosen = planned_dtype(dtype, where, file_dtype, n_unique_params(args))
+    scheme = choose_scheme(options.quantization, stored, Path(name))
+    chosen = planned_dtype(str(options.dtype), where, file_dtype, n_unique_params(args))
     planner = Planner(args, where.type, there, host, stored)
-    plan = planner.plan(Setting(nproc, work, chosen, tensor_split, scheme, offload_layers))
+    split = None if options.tensor_split is None else str(options.tensor_split)
+    plan = planner.plan(Proposal(nproc, work, chosen, split, scheme, options.offload_layers))
     print(heading(plan, name, args))
     print(table(plan))
-    print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", dtype, device))
+    print("fits" if plan.fits() else advice(planner, plan, ckpt_dir or "DIR", str(options.dtype), str(options.device)))
 
 
 if __name__ == "__main__":

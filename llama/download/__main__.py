@@ -34,7 +34,7 @@ def main(
         file: only this file of the repository.
         original: Meta's layout (consolidated.00.pth) instead of Hugging Face's.
         url: Meta's link, with its '*', in quotes; without a value it is asked for.
-        output_dir: where; by default ckpts/ and the model's name.
+        output_dir: folder to write; by default ckpts/ and the model's name.
         verify: check the checklists of this folder, and download nothing.
     """
     if verify is not None:
@@ -70,7 +70,7 @@ def _repo_of(published: models.Published, original: bool) -> str:
 
 
 def _ask() -> str:
-    """Meta's link from whoever sits at the terminal: a shell's history need not keep it."""
+    """Ask for Meta's link at the terminal, so that no shell's history keeps it."""
     if not sys.stdin.isatty():
         raise UsageError("--url needs the link from Meta's e-mail, in quotes, or a terminal to ask for it")
     try:
@@ -87,10 +87,10 @@ def _verify(folder: Path) -> None:
 
 
 def spell_out(words: Sequence[str]) -> list[str]:
-    """The command line with a link always as `--url=LINK`.
+    """Return the command line with a link always as `--url=LINK`.
 
-    `--url` without a value asks for the link, and a link without its flag, which must not appear in
-    an error, is taken for one.
+    `--url` without a value asks for the link. A link without its flag, which must not appear in
+    an error, gets the flag.
     """
     spelled: list[str] = []
     for word in words:

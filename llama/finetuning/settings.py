@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 
 from llama.adapters.adapter import resolve_targets
 from llama.data.examples import Example
+from llama.data.templates import FORMATS
 from llama.errors import UsageError
 from llama.plan.training import Training
 
 METHODS = ("prompt", "lora")
 INITS = ("text", "random")
 SCHEDULERS = ("constant", "linear", "cosine")
-TEMPLATES = ("alpaca", "llama2", "llama3", "plain")
 TRAINERS = ("native", "hf")
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = ("save_steps", "save_total_limit", "activation_checkpointing", "compile")
@@ -119,7 +119,7 @@ class TrainSettings:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("method", METHODS), ("trainer", TRAINERS), ("template", TEMPLATES), ("init", INITS),
+            ("method", METHODS), ("trainer", TRAINERS), ("template", tuple(FORMATS)), ("init", INITS),
             ("lr_scheduler", SCHEDULERS),
         ):  # fmt: skip
             value = getattr(self, name)
