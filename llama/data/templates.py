@@ -27,7 +27,8 @@ class PlainFormat(ChatFormat):
 
 
 # By name: every chat format, and the plain one, which is for records alone.
-FORMATS: dict[str, type[ChatFormat]] = dict(sorted({**chat.FORMATS, PlainFormat.name: PlainFormat}.items()))
+_ALL: dict[str, type[ChatFormat]] = {**chat.FORMATS, PlainFormat.name: PlainFormat}
+FORMATS = {name: _ALL[name] for name in sorted(_ALL)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a training run is asked to do, checked before anything is loaded."""
+"""Settings of a training run, checked before anything is loaded, and the work that the plan is told of."""
 
 from __future__ import annotations
 
@@ -127,16 +127,16 @@ class TrainSettings:
                 raise UsageError(f"--{name} takes {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
 
     def decisive(self) -> dict[str, object]:
-        """What decides the result, and so must not change when a run goes on."""
+        """Return the settings that decide the result, and so must not change when a run goes on."""
         return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
 
     def n_steps(self, steps_per_epoch: int) -> int:
-        """Optimiser steps of the whole run."""
+        """Return the optimiser steps of the whole run."""
         by_epochs = max(1, math.ceil(self.num_epochs * steps_per_epoch))
         return by_epochs if self.max_steps is None else self.max_steps
 
     def learning_rate(self, step: int, n_steps: int) -> float:
-        """Of the optimiser step `step`, counted from 0: a linear warm-up, then constant or down towards zero."""
+        """Return the learning rate of step `step`, counted from 0: a linear warm-up, then constant or down to zero."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, n_steps - self.warmup_steps)
@@ -153,7 +153,7 @@ def _check(name: str, good: bool, range_: str, value: object) -> None:
 
 
 def workload(settings: TrainSettings, copies: int = 1, examples: Sequence[Example] = ()) -> Training:
-    """What `llama.plan.advice.check_fit` is asked about before a model is loaded to be tuned.
+    """Return the work that `llama.plan.advice.check_fit` is asked about before a model is loaded to be tuned.
 
     Args:
         settings: of the run.
