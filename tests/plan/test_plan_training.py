@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import random
 import re
 import subprocess
@@ -11,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +17,7 @@ import torch
 from counting import frozen_shard
 
 from llama.adapters.lora import add_lora
+from llama.commands.plan import main
 from llama.config import ModelArgs, geometry
 from llama.data.examples import Example
 from llama.errors import LlamaError, UsageError
@@ -349,16 +348,6 @@ def test_a_run_as_the_plan_sees_it() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_script", root / "scripts/plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_command(root: Path) -> None:
     flags = "--model llama-2-7b --nproc 4 --memory 8GB --dtype bf16 --train lora --lora_targets all --batch_size 16"
     run = subprocess.run(
@@ -385,6 +374,6 @@ def test_the_command(root: Path) -> None:
         ({"train": "prompt", "max_seq_len": 1}, "--max_seq_len must be 2 or more"),
     ],
 )
-def test_mistakes_are_named(script: ModuleType, flags: dict[str, Any], words: str) -> None:
+def test_mistakes_are_named(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)):
-        script.main(**arguments_of(script.main, {"model": "llama-2-7b", "memory": "8GB", **flags}))
+        main(**arguments_of(main, {"model": "llama-2-7b", "memory": "8GB", **flags}))
