@@ -1,17 +1,17 @@
 """The published geometries, whose parameter counts are known, and the page and picture that are made from them."""
 
+import dataclasses
 import doctest
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from llama.checkpoint.table import n_unique_params
-from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry
+from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry, trained_context
 from llama.errors import LlamaError
 from llama.parallel.partition import Partition
+from scripts.draw_partition import as_text, draw, summary
 
 # As Hugging Face's model cards and safetensors indices count them (tied tables once).
 N_PARAMS = {
@@ -64,6 +64,23 @@ def test_rope_scaling_is_that_of_the_generation(name: str, factor: float | None)
     assert geometry(name).rope_scaling == (None if factor is None else RopeScaling(factor))
 
 
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_context_is_that_of_the_generation(name: str) -> None:
+    generation = name.split("-")[1]
+    assert trained_context(geometry(name)) == {"1": 2048, "2": 4096, "3": 8192}.get(generation, 131072)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama-1-7b", 4096), ("llama-2-7b", 8192), ("llama-3-8b", 16384)])
+def test_interpolated_positions_make_the_context_longer(name: str, tokens: int) -> None:
+    stretched = dataclasses.replace(geometry(name), rope_scaling=RopeScaling(2.0, kind="linear"))
+    assert trained_context(stretched) == tokens
+
+
+def test_another_vocabulary_changes_no_context() -> None:
+    assert trained_context(geometry("llama-2-7b").with_vocab_size(128256)) == 4096
+    assert trained_context(geometry("llama-3-8b", vocab_size=400)) == 8192
+
+
 def test_agrees_with_params_json_of_llama_3_2_1b() -> None:
     # https://huggingface.co/meta-llama/Llama-3.2-1B, original/params.json
     params = {
@@ -100,17 +117,9 @@ def test_the_page_on_partition_computes_what_it_shows(root: Path) -> None:
         assert not result.failed
 
 
-@pytest.fixture
-def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(root / "scripts"))
-    return importlib.import_module("draw_partition")
-
-
-def test_the_page_on_partition_shows_what_the_script_prints(root: Path, script: ModuleType) -> None:
+def test_the_page_on_partition_shows_what_the_script_prints(root: Path) -> None:
     cuts = (("llama-2-7b", 3, None), ("llama-3-8b", 5, None), ("llama-3-8b", 16, None), ("llama-2-7b", 2, "3,1"))
-    printed = [
-        script.as_text(script.summary(Partition.create(geometry(name), n, split))) + "\n" for name, n, split in cuts
-    ]
+    printed = [as_text(summary(Partition.create(geometry(name), n, split))) + "\n" for name, n, split in cuts]
     tables = blocks(root, "text")
     assert len(tables) == len(cuts)
     for whole, table in zip(printed, tables, strict=True):
@@ -118,8 +127,8 @@ def test_the_page_on_partition_shows_what_the_script_prints(root: Path, script: 
 
 
 @pytest.mark.slow
-def test_a_partition_with_copies_of_kv_heads_is_drawn(tmp_path: Path, script: ModuleType) -> None:
+def test_a_partition_with_copies_of_kv_heads_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
-    script.draw(Partition.create(geometry("llama-3.2-1b"), 12), "Llama 3.2 1B", str(path))
+    draw(Partition.create(geometry("llama-3.2-1b"), 12), "Llama 3.2 1B", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 300_000

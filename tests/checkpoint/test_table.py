@@ -10,7 +10,7 @@ from support import hf_model, meta_state, write_hf, write_meta
 from llama.checkpoint import manifest, table
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.split import split
-from llama.checkpoint.table import Row, form_of, layer_params, n_params, n_unique_params, own_size, rank_params, specs
+from llama.checkpoint.table import Row, layer_params, n_params, n_unique_params, own_size, rank_params, specs
 from llama.config import ModelArgs, geometry
 from llama.parallel.partition import Partition
 from llama.plan.needs import weight_bytes
@@ -67,8 +67,9 @@ def test_a_new_row_is_cut_planned_and_kept_from_integers() -> None:
             layer, _ = weight_bytes(partition, rank, torch.bfloat16)
             assert sum(layer) == 2 * (rank_params(partition, rank) - _outside(partition, rank)) // args.n_layers
     int4 = Scheme.create("int4")
-    assert form_of(BIAS.format(0), args, int4) is form_of(NORM.format(0), args, int4) is None
-    assert form_of("layers.0.attention.wq.weight", args, int4) == int4.linears
+    held = specs(args, int4)
+    assert held[BIAS.format(0)].form is held[NORM.format(0)].form is None
+    assert held["layers.0.attention.wq.weight"].form == int4.linears
 
 
 def _outside(partition: Partition, rank: int) -> int:
