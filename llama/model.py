@@ -193,5 +193,6 @@ class Transformer(nn.Module):
         """Return an empty cache of this rank's heads, for `n_slots` sequences of at most `length` tokens."""
         args, weight = self.args, self.norm.weight
         n_kv_heads = len(self.partition.kv_heads[self.ranks.rank])
-        where = {"device": weight.device, "dtype": weight.dtype}
-        return KVCache(args.n_layers, n_slots, length, n_kv_heads, args.head_dim, **where)
+        return KVCache(
+            args.n_layers, n_slots, length, n_kv_heads, args.head_dim, device=weight.device, dtype=weight.dtype
+        )
