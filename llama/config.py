@@ -141,22 +141,6 @@ class ModelArgs:
         return self.n_heads // self.n_kv_heads
 
     @property
-    def layer_params(self) -> int:
-        """Parameters of one transformer block."""
-        attention = self.dim * self.head_dim * 2 * (self.n_heads + self.n_kv_heads)
-        return attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-
-    @property
-    def n_params(self) -> int:
-        """Parameters as a checkpoint stores them: embedding and output both counted."""
-        return self.n_layers * self.layer_params + 2 * self.vocab_size * self.dim + self.dim
-
-    @property
-    def n_unique_params(self) -> int:
-        """Parameters held in memory: a tied output layer is not counted again."""
-        return self.n_params - (self.vocab_size * self.dim if self.tied else 0)
-
-    @property
     def is_llama_3_2(self) -> bool:
         """Whether it has the sizes of Llama 3.2, which Meta's `params.json` says no other way is tied."""
         return self.rope_scaling is not None and (self.dim, self.n_layers) in LLAMA_3_2_GEOMETRIES

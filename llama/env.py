@@ -2,8 +2,11 @@
 
 import os
 import sys
+from typing import Any
 
 from llama.errors import LlamaError
+
+LEAST_SHOWN_BYTES = 256 << 20
 
 
 def _number(name: str, default: int) -> int:
@@ -52,3 +55,17 @@ def notice(text: str) -> None:
     """Print one line to stderr on rank 0; every other rank stays silent."""
     if is_speaker():
         print(text, file=sys.stderr, flush=True)
+
+
+def byte_bar(total: int, task: str, leave: bool = True) -> Any:
+    """A progress bar of bytes; shown by rank 0 alone, and not where the work is so small that it would only flicker.
+
+    Args:
+        total: bytes of the work.
+        task: one word for it, such as "loading".
+        leave: whether the full bar stays on the screen.
+    """
+    from tqdm import tqdm
+
+    hidden = not is_speaker() or total < LEAST_SHOWN_BYTES
+    return tqdm(total=total, unit="B", unit_scale=True, desc=task, disable=hidden, leave=leave)

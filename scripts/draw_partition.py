@@ -3,7 +3,7 @@
     python scripts/draw_partition.py --geometry llama-2-7b --nproc 3 --output docs/partition.png
     python scripts/draw_partition.py --geometry llama-3-8b --nproc 2 --tensor_split 3,1 --print_only
 
-Without --output, or with --print_only, it prints what each rank holds, with the numbers of `Partition`.
+Without --output, or with --print_only, the command only prints what each rank holds, with the numbers of `Partition`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama.checkpoint.table import rank_params
 from llama.cli import run
 from llama.config import geometry as published_geometry
 from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
 from llama.parallel.partition import Partition
 
-# Okabe and Ito's palette, told apart by colour-blind readers; further ranks repeat it with hatching.
+# Okabe and Ito's palette, which colour-blind readers tell apart; further ranks repeat the colours with hatching.
 DARKEST = "#0072B2"
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", DARKEST, "#BBBBBB")
 HATCHES = ("", "///", "...", "xxx")
@@ -35,8 +36,8 @@ SMALLEST_LABEL, SMALLEST_BOX = 0.16, 0.24
 
 
 def summary(partition: Partition) -> list[list[str]]:
-    """What each rank holds, as rows of text under the header of `HEADER`."""
-    total = sum(partition.rank_params(rank) for rank in range(partition.world_size))
+    """Return a row of text for each rank, under `HEADER`: the parts that the rank holds."""
+    total = sum(rank_params(partition, rank) for rank in range(partition.world_size))
     return [
         [
             f"rank {rank}",
@@ -44,8 +45,8 @@ def summary(partition: Partition) -> list[list[str]]:
             _run(partition.kv_heads[rank]),
             _run(partition.ffn[rank]),
             _run(partition.vocab[rank]),
-            f"{partition.rank_params(rank) / 1e9:.3f} B",
-            f"{partition.rank_params(rank) / total:.1%}",
+            f"{rank_params(partition, rank) / 1e9:.3f} B",
+            f"{rank_params(partition, rank) / total:.1%}",
         ]
         for rank in range(partition.world_size)
     ]
@@ -63,12 +64,12 @@ def _ends(part: range) -> str:
 
 
 def _details(cuts: Sequence[range], what: str = "") -> tuple[str, ...]:
-    """What each rank holds, as its part of a matrix is labelled: "heads 0–10"."""
+    """Return the label of each rank's part of a matrix, such as "heads 0–10"."""
     return tuple(f"{what[:-1] if what and len(cut) == 1 else what} {_ends(cut)}".strip() for cut in cuts)
 
 
 def as_text(rows: Sequence[Sequence[str]]) -> str:
-    """The summary as aligned columns."""
+    """Return the summary as aligned columns."""
     lines = [HEADER, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
     padded = ((cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
@@ -80,7 +81,7 @@ def as_text(rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Box:
-    """One matrix: where it stands (left, bottom), how large it is drawn, how it is cut and what the parts are."""
+    """A matrix with its place (left, bottom) and size in inches, its cuts and the labels of its parts."""
 
     x: float
     y: float
@@ -92,7 +93,7 @@ class Box:
 
 
 class Picture:
-    """A canvas in inches, and the few shapes that are drawn on it."""
+    """A canvas in inches, with methods for the few shapes of the drawing."""
 
     def __init__(self, width: float, height: float) -> None:
         import matplotlib
@@ -107,12 +108,12 @@ class Picture:
         self.ax.axis("off")
 
     def text(self, x: float, y: float, text: str, size: float = 9, **options: Any) -> None:
-        """Text, centred unless told otherwise."""
+        """Draw text, centred unless `options` say otherwise."""
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": INK, "zorder": 6} | options
         self.ax.text(x, y, text, fontsize=size, **style)
 
     def matrix(self, box: Box, name: str, *notes: str) -> None:
-        """A matrix with its name and notes above, each rank's part in its colour."""
+        """Draw a matrix with its name and notes above, each part in its rank's colour."""
         total = sum(map(len, box.cuts))
         at = 0.0
         for rank, cut in enumerate(box.cuts):
@@ -144,7 +145,7 @@ class Picture:
             self.text(*middle, f"rank {rank}", 7.5, **style)
 
     def _label_style(self, rank: int) -> dict[str, Any]:
-        """Light on the darkest colour, and readable on a hatched one."""
+        """Return a style that is light on the darkest colour and readable on a hatched one."""
         colour = COLOURS[rank % len(COLOURS)]
         style: dict[str, Any] = {"color": "white" if colour == DARKEST else INK}
         if rank >= len(COLOURS):
@@ -152,7 +153,7 @@ class Picture:
         return style
 
     def patch(self, x: float, y: float, width: float, height: float, rank: int) -> None:
-        """A rectangle in the colour of a rank."""
+        """Draw a rectangle in the colour of a rank."""
         from matplotlib.patches import Rectangle
 
         colour, hatch = COLOURS[rank % len(COLOURS)], HATCHES[rank // len(COLOURS) % len(HATCHES)]
@@ -172,7 +173,7 @@ class Picture:
         self.ax.add_patch(Rectangle((x, y), width, height, **style))
 
     def panel(self, x: float, y: float, width: float, height: float, title: str) -> None:
-        """A pale background with a title at its lower left."""
+        """Draw a pale background with a title at its lower left."""
         from matplotlib.patches import FancyBboxPatch
 
         shape = FancyBboxPatch(
@@ -183,7 +184,7 @@ class Picture:
         self.text(x + 0.14, y + 0.19, title, 10, ha="left", weight="bold", color=SOFT)
 
     def pill(self, x: float, y: float, width: float, height: float, text: str, rotation: float = 0) -> None:
-        """A dark rounded label: a collective."""
+        """Draw the label of a collective, dark and rounded."""
         from matplotlib.patches import FancyBboxPatch
 
         radius = min(width, height) / 2.01
@@ -195,12 +196,12 @@ class Picture:
         self.text(x + width / 2, y + height / 2, text, 9, color="white", weight="bold", rotation=rotation)
 
     def line(self, *points: tuple[float, float]) -> None:
-        """A line through these points."""
+        """Draw a line through `points`."""
         xs, ys = zip(*points, strict=True)
         self.ax.plot(xs, ys, color=LINE, linewidth=1.6, solid_capstyle="butt", solid_joinstyle="round", zorder=1)
 
     def arrow(self, *points: tuple[float, float]) -> None:
-        """A line through these points with a head at the last."""
+        """Draw a line through `points`, with a head at the last."""
         self.line(*points)
         style: dict[str, Any] = {
             "arrowstyle": "-|>",
@@ -213,14 +214,14 @@ class Picture:
         self.ax.annotate("", points[-1], points[-2], arrowprops=style, zorder=1)
 
     def plus(self, x: float, y: float) -> None:
-        """Where a result is added to the residual stream."""
+        """Draw the sign for a sum with the residual stream."""
         from matplotlib.patches import Circle
 
         self.ax.add_patch(Circle((x, y), 0.14, facecolor="white", edgecolor=INK, linewidth=1.3, zorder=5))
         self.text(x, y - 0.005, "+", 12)
 
     def save(self, path: str) -> None:
-        """Write a PNG with few colours' worth of bytes."""
+        """Write a PNG, compressed as far as its few colours allow."""
         import matplotlib.pyplot as plt
 
         self.figure.savefig(path, dpi=120, facecolor="white", pil_kwargs={"optimize": True})
@@ -228,8 +229,8 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where things stand, in inches, worked out from the geometry."""
+class Layout:
+    """Positions in inches that follow from the geometry."""
 
     scale: float  # inches of `dim` features
     body: float  # height of the tallest column of matrices
@@ -238,8 +239,8 @@ class Plan:
     height: float
 
     @classmethod
-    def of(cls, partition: Partition) -> Plan:
-        """Fill the width; the height follows."""
+    def of(cls, partition: Partition) -> Layout:
+        """Return a layout that fills the width; the height follows."""
         args = partition.args
         ffn, q = args.ffn_dim / args.dim, args.n_heads * args.head_dim / args.dim
         fixed = 2 * MARGIN + 2 * TABLE_WIDTH + 7.0 * STEP + 1.96
@@ -252,7 +253,7 @@ class Plan:
 
 
 def _kv_height(partition: Partition, scale: float) -> float:
-    """Inches of wk and wv, copies included; to scale unless nothing could be seen."""
+    """Return the height of wk and wv in inches, copies included; to scale where that can be seen."""
     return max(SMALLEST_BOX, scale * sum(map(len, partition.kv_rows)) / partition.args.dim)
 
 
@@ -260,26 +261,26 @@ def draw(partition: Partition, name: str, path: str) -> None:
     """Write the picture of a partition.
 
     Args:
-        partition: what is drawn.
+        partition: the cut to draw.
         name: of the model, for the title.
         path: of the PNG.
     """
-    plan = Plan.of(partition)
-    picture = Picture(WIDTH, plan.height)
-    _title(picture, plan, partition, name)
-    x = _embedding(picture, plan, partition)
-    x = _attention(picture, plan, partition, x)
-    x = _feed_forward(picture, plan, partition, x)
-    _output(picture, plan, partition, x)
-    _legend(picture, plan, partition)
+    layout = Layout.of(partition)
+    picture = Picture(WIDTH, layout.height)
+    _title(picture, layout, partition, name)
+    x = _embedding(picture, layout, partition)
+    x = _attention(picture, layout, partition, x)
+    x = _feed_forward(picture, layout, partition, x)
+    _output(picture, layout, partition, x)
+    _legend(picture, layout, partition)
     picture.save(path)
 
 
-def _title(picture: Picture, plan: Plan, partition: Partition, name: str) -> None:
+def _title(picture: Picture, layout: Layout, partition: Partition, name: str) -> None:
     args, size = partition.args, partition.world_size
     shares = " : ".join(f"{weight * 100:.0f}" for weight in partition.weights)
     how = "equal shares" if len(set(partition.weights)) == 1 else f"shares {shares}"
-    top = plan.height - 0.38
+    top = layout.height - 0.38
     picture.text(MARGIN, top, f"{name} on {size} ranks, {how}", 17, ha="left", weight="bold")
     note = (
         f"one of {args.n_layers} layers, drawn to scale: dim {args.dim:,}, {args.n_heads} query heads and "
@@ -289,37 +290,37 @@ def _title(picture: Picture, plan: Plan, partition: Partition, name: str) -> Non
     picture.text(MARGIN, top - 0.34, note, 10, ha="left", color=SOFT)
 
 
-def _embedding(picture: Picture, plan: Plan, partition: Partition) -> float:
-    """The embedding and the start of the residual stream; returns the x behind them."""
+def _embedding(picture: Picture, layout: Layout, partition: Partition) -> float:
+    """Draw the embedding and the start of the residual stream; return the x behind them."""
     args = partition.args
     box = Box(
-        MARGIN, plan.floor + 0.35, TABLE_WIDTH, plan.body - 0.35, partition.vocab, True, _details(partition.vocab)
+        MARGIN, layout.floor + 0.35, TABLE_WIDTH, layout.body - 0.35, partition.vocab, True, _details(partition.vocab)
     )
     picture.matrix(box, "tok_embeddings", f"{args.vocab_size:,} × {args.dim:,}", "cut in rows")
     pill_x = MARGIN + TABLE_WIDTH + 0.28
     middle = box.y + box.height / 2
     picture.pill(pill_x, middle - 0.95, 0.30, 1.9, "all-reduce, once", rotation=90)
     picture.arrow((MARGIN + TABLE_WIDTH, middle), (pill_x, middle))
-    picture.text(MARGIN + TABLE_WIDTH / 2, plan.floor + 0.1, "token ids ↑", 9, color=SOFT)
+    picture.text(MARGIN + TABLE_WIDTH / 2, layout.floor + 0.1, "token ids ↑", 9, color=SOFT)
     start = pill_x + 0.15
     right = WIDTH - MARGIN - TABLE_WIDTH / 2
-    picture.ax.plot((start, start), (middle + 0.95, plan.stream), color=LINE, linewidth=1.6, zorder=1)
-    picture.ax.plot((start - 0.014, right), (plan.stream, plan.stream), color=INK, linewidth=3.2, zorder=2)
+    picture.ax.plot((start, start), (middle + 0.95, layout.stream), color=LINE, linewidth=1.6, zorder=1)
+    picture.ax.plot((start - 0.014, right), (layout.stream, layout.stream), color=INK, linewidth=3.2, zorder=2)
     words = f"residual stream [tokens, {args.dim:,}]: the same on every rank"
-    picture.text(start + 0.12, plan.stream + 0.17, words, 10, ha="left")
+    picture.text(start + 0.12, layout.stream + 0.17, words, 10, ha="left")
     return pill_x + 0.30
 
 
-def _attention(picture: Picture, plan: Plan, partition: Partition, x: float) -> float:
-    """wq, wk, wv, wo and their all-reduce; returns the x behind them."""
-    args, scale, fits = partition.args, plan.scale, partition.world_size <= partition.args.n_kv_heads
+def _attention(picture: Picture, layout: Layout, partition: Partition, x: float) -> float:
+    """Draw wq, wk, wv, wo and their all-reduce; return the x behind them."""
+    args, scale, fits = partition.args, layout.scale, partition.world_size <= partition.args.n_kv_heads
     q, kv = scale * args.n_heads * args.head_dim / args.dim, _kv_height(partition, scale)
     left = x + 0.75 * STEP
     first, second = left + 0.8 * STEP, left + 0.8 * STEP + scale + STEP
     pill = second + q + 0.8 * STEP
     right = pill + 0.30 + 0.35 * STEP
-    _layer_panel(picture, plan, left, right, "attention: " + ("whole KV groups" if fits else "parts of KV groups"))
-    top = plan.floor + plan.body
+    _layer_panel(picture, layout, left, right, "attention: " + ("whole KV groups" if fits else "parts of KV groups"))
+    top = layout.floor + layout.body
     y_q, y_k = top - q, top - q - STACK_GAP - kv
     y_v = y_k - STACK_GAP - kv
     heads, kv_heads = _details(partition.heads, "heads"), _details(partition.kv_heads, "heads")
@@ -342,14 +343,14 @@ def _attention(picture: Picture, plan: Plan, partition: Partition, x: float) -> 
     for below in (y_k + kv / 2, y_v + kv / 2):
         picture.line((first + scale, below), (join, below), (join, middle))
     _note(picture, second, out.y, "each rank attends with\nits own heads and its\nown part of the cache")
-    _in(picture, plan, left + 0.38 * STEP, [(first, middle), (first, y_k + kv / 2), (first, y_v + kv / 2)])
-    _out(picture, plan, (second + q, middle), pill, "all-reduce 1")
+    _in(picture, layout, left + 0.38 * STEP, [(first, middle), (first, y_k + kv / 2), (first, y_v + kv / 2)])
+    _out(picture, layout, (second + q, middle), pill, "all-reduce 1")
     return right
 
 
-def _feed_forward(picture: Picture, plan: Plan, partition: Partition, x: float) -> float:
-    """w1, w3, w2 and their all-reduce; returns the x behind them."""
-    args, scale = partition.args, plan.scale
+def _feed_forward(picture: Picture, layout: Layout, partition: Partition, x: float) -> float:
+    """Draw w1, w3, w2 and their all-reduce; return the x behind them."""
+    args, scale = partition.args, layout.scale
     ffn = scale * args.ffn_dim / args.dim
     left = x + 0.35 * STEP
     first = left + 0.8 * STEP
@@ -357,8 +358,8 @@ def _feed_forward(picture: Picture, plan: Plan, partition: Partition, x: float) 
     third = second + scale + STEP
     pill = third + ffn + 0.8 * STEP
     right = pill + 0.30 + 0.35 * STEP
-    _layer_panel(picture, plan, left, right, "feed-forward: blocks of columns, making up for uneven heads")
-    top = plan.floor + plan.body
+    _layer_panel(picture, layout, left, right, "feed-forward: blocks of columns, making up for uneven heads")
+    top = layout.floor + layout.body
     y = top - ffn
     columns = _details(partition.ffn)
     tall, flat = f"{args.ffn_dim:,} × {args.dim:,}", f"{args.dim:,} × {args.ffn_dim:,}"
@@ -369,53 +370,55 @@ def _feed_forward(picture: Picture, plan: Plan, partition: Partition, x: float) 
     picture.matrix(out, "w2", flat, "cut in columns")
     picture.arrow((second + scale, middle), (third, middle))
     _note(picture, third, out.y, "silu(w1 x) · (w3 x) on each rank's own columns")
-    _in(picture, plan, left + 0.38 * STEP, [(first, middle)])
-    _out(picture, plan, (third + ffn, middle), pill, "all-reduce 2")
+    _in(picture, layout, left + 0.38 * STEP, [(first, middle)])
+    _out(picture, layout, (third + ffn, middle), pill, "all-reduce 2")
     return right
 
 
-def _layer_panel(picture: Picture, plan: Plan, left: float, right: float, title: str) -> None:
-    picture.panel(left, plan.floor - 0.42, right - left, plan.stream - plan.floor + 0.10, title)
+def _layer_panel(picture: Picture, layout: Layout, left: float, right: float, title: str) -> None:
+    picture.panel(left, layout.floor - 0.42, right - left, layout.stream - layout.floor + 0.10, title)
 
 
 def _note(picture: Picture, x: float, top: float, text: str) -> None:
     picture.text(x, top - 0.12, text, 8, ha="left", va="top", color=SOFT, linespacing=1.35)
 
 
-def _in(picture: Picture, plan: Plan, x: float, targets: Sequence[tuple[float, float]]) -> None:
-    """From the residual stream through the norm to these points."""
+def _in(picture: Picture, layout: Layout, x: float, targets: Sequence[tuple[float, float]]) -> None:
+    """Draw arrows from the residual stream through the norm to `targets`."""
     for target in targets:
-        picture.arrow((x, plan.stream), (x, target[1]), target)
-    picture.text(x + 0.07, plan.stream - 0.20, "norm", 8, ha="left", color=SOFT)
+        picture.arrow((x, layout.stream), (x, target[1]), target)
+    picture.text(x + 0.07, layout.stream - 0.20, "norm", 8, ha="left", color=SOFT)
 
 
-def _out(picture: Picture, plan: Plan, start: tuple[float, float], x: float, text: str) -> None:
-    """From a row-parallel matrix through an all-reduce back to the residual stream."""
+def _out(picture: Picture, layout: Layout, start: tuple[float, float], x: float, text: str) -> None:
+    """Draw arrows from a row-parallel matrix through an all-reduce back to the residual stream."""
     half = 0.72
     picture.arrow(start, (x, start[1]))
     picture.pill(x, start[1] - half, 0.30, 2 * half, text, rotation=90)
-    picture.arrow((x + 0.15, start[1] + half), (x + 0.15, plan.stream - 0.14))
-    picture.plus(x + 0.15, plan.stream)
+    picture.arrow((x + 0.15, start[1] + half), (x + 0.15, layout.stream - 0.14))
+    picture.plus(x + 0.15, layout.stream)
 
 
-def _output(picture: Picture, plan: Plan, partition: Partition, x: float) -> None:
-    """The output layer at the end of the residual stream."""
+def _output(picture: Picture, layout: Layout, partition: Partition, x: float) -> None:
+    """Draw the output layer at the end of the residual stream."""
     args = partition.args
     left = WIDTH - MARGIN - TABLE_WIDTH
-    box = Box(left, plan.floor + 0.35, TABLE_WIDTH, plan.body - 0.35, partition.vocab, True, _details(partition.vocab))
+    box = Box(
+        left, layout.floor + 0.35, TABLE_WIDTH, layout.body - 0.35, partition.vocab, True, _details(partition.vocab)
+    )
     tie = "the embedding itself" if args.tied else "cut in rows"
     picture.matrix(box, "output", f"{args.vocab_size:,} × {args.dim:,}", tie)
     middle = left + TABLE_WIDTH / 2
-    picture.arrow((middle, plan.stream), (middle, box.y + box.height + 0.60))
-    picture.text(middle - 0.07, plan.stream - 0.20, "norm", 8, ha="right", color=SOFT)
-    picture.text(middle, plan.floor + 0.1, "logits, each rank's rows;", 8, color=SOFT)
-    picture.text(middle, plan.floor - 0.06, "the best are gathered", 8, color=SOFT)
+    picture.arrow((middle, layout.stream), (middle, box.y + box.height + 0.60))
+    picture.text(middle - 0.07, layout.stream - 0.20, "norm", 8, ha="right", color=SOFT)
+    picture.text(middle, layout.floor + 0.1, "logits, each rank's rows;", 8, color=SOFT)
+    picture.text(middle, layout.floor - 0.06, "the best are gathered", 8, color=SOFT)
 
 
-def _legend(picture: Picture, plan: Plan, partition: Partition) -> None:
-    """What each rank holds, in numbers."""
+def _legend(picture: Picture, layout: Layout, partition: Partition) -> None:
+    """Draw the table of what each rank holds, with its colours."""
     columns = (MARGIN + 0.55, 2.7, 5.0, 7.0, 9.6, 12.6, 14.8)
-    top = plan.floor - 0.85
+    top = layout.floor - 0.85
     for x, title in zip(columns, HEADER, strict=True):
         picture.text(x, top, title, 9.5, ha="left", weight="bold", color=SOFT)
     picture.ax.plot((MARGIN, WIDTH - MARGIN), (top - 0.16, top - 0.16), color="#D8DCE2", linewidth=1)
@@ -427,7 +430,7 @@ def _legend(picture: Picture, plan: Plan, partition: Partition) -> None:
 
 
 def _title_of(geometry: str) -> str:
-    """ "llama-2-7b" as people write it: Llama 2 7B."""
+    """Return a geometry's name as people write it: "Llama 2 7B" for "llama-2-7b"."""
     family, *words, size = geometry.split("-")
     return " ".join((family.capitalize(), *words, size.upper()))
 
@@ -444,8 +447,8 @@ def main(
     Args:
         geometry: such as llama-2-7b or llama-3-8b; see llama/config.py.
         nproc: ranks.
-        tensor_split: their weights, such as 3,1.
-        output: a PNG to write.
+        tensor_split: the ranks' weights, such as 3,1.
+        output: PNG to write.
         print_only: only print, even with an output.
     """
     check_writable(output)

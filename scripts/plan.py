@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs, geometry
 from llama.device import DTYPES, choose_device, choose_dtype
@@ -65,7 +66,7 @@ def heading(plan: Plan, name: str, args: ModelArgs) -> str:
     ranks = "1 rank" if setting.n_ranks == 1 else f"{setting.n_ranks} ranks"
     split = f" split {setting.tensor_split}" if setting.tensor_split else ""
     return (
-        f"{name}: {count(args.n_unique_params)} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
+        f"{name}: {count(n_unique_params(args))} parameters in {NAMES[setting.dtype]}{integers} on {ranks}{split}"
         f"{offloaded}, {setting.work.words()} at a time"
     )
 
@@ -183,7 +184,7 @@ def main(
     args, file_dtype, stored, name = described(ckpt_dir, model)
     asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
     scheme = settle(asked, stored, Path(name))
-    chosen = planned_dtype(dtype, where, file_dtype, args.n_unique_params)
+    chosen = planned_dtype(dtype, where, file_dtype, n_unique_params(args))
     planner = Planner(args, where.type, there, host, stored)
     plan = planner.plan(Setting(nproc, work, chosen, tensor_split, scheme, offload_layers))
     print(heading(plan, name, args))

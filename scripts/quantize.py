@@ -1,64 +1,6 @@
 """Write a quantized checkpoint: `python scripts/quantize.py CKPT OUT --type int4 --group_size 32`."""
 
-import dataclasses
-import sys
-from collections.abc import Iterable
-
-from llama.checkpoint.calibrate import calibrated, read_calibration
-from llama.checkpoint.quantize import Quantized, quantize_checkpoint
-from llama.checkpoint.source import open_checkpoint
-from llama.cli import name_words, run
-from llama.device import choose_device
-from llama.errors import QuantizationError
-from llama.kernels.formats import KINDS
-from llama.quantization.scheme import Asked
-from llama.runtime import check_vocabulary
-from llama.tokenizer import find_tokenizer, load_tokenizer
-
-
-def main(
-    ckpt_dir: str,
-    output: str,
-    type: str,
-    group_size: int | None = None,
-    quantize_output: str | None = None,
-    quantize_embedding: str | None = None,
-    calibrate: str | None = None,
-    device: str = "auto",
-    tokenizer_path: str | None = None,
-    force: bool = False,
-) -> None:
-    """Write a checkpoint as integers with scales, which loads at any number of ranks; split_model.py cuts it.
-
-    Args:
-        ckpt_dir: anything that example.py reads, but for what is quantized already.
-        output: the folder to write.
-        type: int8 (a scale a row) or int4 (a scale for each group of weights).
-        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
-        quantize_output: int8, int4 or none, for the output layer; by default int8.
-        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
-        calibrate: a UTF-8 text of the kind that the model is for; int4's roundings are then chosen on it, by GPTQ.
-        device: where calibration computes: auto, cpu, cuda or cuda:N.
-        tokenizer_path: its tokenizer; by default beside the weights or one folder up.
-        force: replace what an earlier quantization, split or conversion wrote.
-    """
-    if type not in KINDS:
-        raise QuantizationError(f"--type {type!r} is not one of {', '.join(KINDS)}")
-    checkpoint = open_checkpoint(ckpt_dir)
-    checkpoint.require_numbers("quantizing it anew")
-    scheme = Asked(type, group_size, quantize_output, quantize_embedding).scheme()
-    assert scheme is not None  # `type` was given
-    chosen: Iterable[Quantized] = ()
-    if calibrate is not None:
-        scheme = dataclasses.replace(scheme, calibrated=True)
-        tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
-        check_vocabulary(tokenizer, checkpoint)
-        chosen = calibrated(checkpoint, scheme, read_calibration(calibrate, tokenizer), choose_device(device))
-    written = quantize_checkpoint(checkpoint, output, scheme, tokenizer_path, force, chosen)
-    size = sum(file.stat().st_size for file in written.glob("*.pth"))
-    print(f"wrote {written} ({size / 1e6:.1f} MB, {scheme.words()})")
-    print(f"run it: python3 example.py --ckpt_dir {written}")
-
+from llama.commands.quantize import start
 
 if __name__ == "__main__":
-    run(main, name_words(main, sys.argv[1:], most=2))  # CKPT OUT are --ckpt_dir CKPT --output OUT
+    start()

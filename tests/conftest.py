@@ -1,7 +1,6 @@
 """Fixtures that every test may use; the tools behind them stand in support.py and ranks.py."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As llama/env.py has it, which comes too late here: OpenMP reads it when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# Test modules lie in folders that mirror llama/; the tools lie here.
-sys.path.insert(0, str(Path(__file__).parent))
-# What tests and benchmarks both count with.
-sys.path.append(str(Path(__file__).parent.parent / "scripts" / "bench"))
 
 import hypothesis
 import torch

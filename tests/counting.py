@@ -1,9 +1,8 @@
-"""Shards with random weights, and what a run of them allocates beside what is planned."""
+"""Shards with random weights, and the bytes that a run of them allocates beside those that are planned."""
 
 from __future__ import annotations
 
 import torch
-from allocations import empty_shard, peak_bytes
 
 from llama.adapters.soft_prompt import prefix_of
 from llama.checkpoint.load import cut_model
@@ -15,6 +14,7 @@ from llama.model import Transformer
 from llama.parallel import groups
 from llama.plan.inference import Kernels, Workload, activation_bytes
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import empty_shard, peak_bytes
 
 GEOMETRIES = {
     "groups": ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, vocab_size=2048, ffn_dim=704),
@@ -27,7 +27,7 @@ GEOMETRIES = {
 def frozen_shard(
     args: ModelArgs, dtype: torch.dtype, scheme: Scheme | None = None, n_offloaded: int = 0
 ) -> Transformer:
-    """This rank's shard of a frozen model with random weights."""
+    """Return this rank's shard of a frozen model with random weights."""
     ranks = groups.current()
     model = empty_shard(cut_model(args, scheme, ranks.world_size), ranks, dtype, scheme, n_offloaded)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def counted(
     scheme: Scheme | None = None,
     n_offloaded: int = 0,
 ) -> tuple[int, int]:
-    """Activations of this rank: counted while the engine runs, and planned."""
+    """Return the bytes of this rank's activations, counted while the engine runs and planned."""
     model = frozen_shard(args, dtype, scheme, n_offloaded)
     ranks, partition = model.ranks, model.partition
     prefix = prefix_of(model, torch.zeros(work.prefix, args.dim)) if work.prefix else None

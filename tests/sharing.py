@@ -1,4 +1,4 @@
-"""Ranks that share memory for a while: the pools of ranks are kept, and other tests go through the group."""
+"""Ranks that share memory for a while; the pools of ranks stay, and in other tests they exchange through the group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama.parallel.groups import Ranks
 
 @contextmanager
 def sharing() -> Iterator[Ranks]:
-    """On every rank at once: the ranks, which share memory where they can, and no longer afterwards."""
+    """Yield the ranks, which share memory where they can until the end; call this on every rank at once."""
     plain = groups.current()
     try:
         yield groups.share_memory()

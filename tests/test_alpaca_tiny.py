@@ -2,17 +2,14 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from scripts.tiny import alpaca
+from scripts.tiny.corpus import is_held_out
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import alpaca_tiny  # noqa: E402
-from tiny_corpus import is_held_out  # noqa: E402
-
 TRAIN, HELD_OUT = "alpaca_tiny.json", "alpaca_tiny_heldout.json"
 FILES = (TRAIN, HELD_OUT)
 LARGEST = 400_000
@@ -45,7 +42,7 @@ def solve(record):
 
 
 def key(record):
-    """The key that `tiny_corpus` gives the item, spelled out here a second time."""
+    """The key that `corpus.py` gives the item, spelled out here a second time."""
     family, answer = solve(record)
     match family:
         case "add":
@@ -57,13 +54,13 @@ def key(record):
 
 
 def test_files_are_what_the_script_writes(tmp_path):
-    alpaca_tiny.main(out_dir=str(tmp_path))
+    alpaca.main(out_dir=str(tmp_path))
     for name in FILES:
         assert (tmp_path / name).read_bytes() == (ROOT / "datasets" / name).read_bytes(), name
 
 
 def test_another_seed_writes_other_records():
-    first, again, other = (alpaca_tiny.records(50, seed, held_out=False) for seed in (1, 1, 2))
+    first, again, other = (alpaca.records(50, seed, held_out=False) for seed in (1, 1, 2))
     assert first == again != other
 
 
@@ -85,7 +82,7 @@ def test_records_are_alpacas_and_differ(name):
 @pytest.mark.parametrize("name", FILES)
 def test_every_family_comes_in_both_templates(name):
     records = read(name)
-    for family in alpaca_tiny.FAMILIES:
+    for family in alpaca.FAMILIES:
         with_input = [bool(record["input"]) for record in records if solve(record)[0] == family]
         assert len(with_input) >= len(records) // 4
         assert 0.1 < sum(with_input) / len(with_input) < 0.5

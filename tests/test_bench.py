@@ -1,4 +1,4 @@
-"""The benchmarks as a person starts them, on toy models: what it prints and writes, and that its peers agree."""
+"""The benchmarks as a person starts them, on toy models: tables, files and charts, and that the peers agree."""
 
 import importlib
 import json
@@ -119,7 +119,7 @@ def test_a_mistake_is_told_in_one_line(root: Path, script: str, flags: tuple[str
 )
 def test_bad_arguments(root: Path, script: str, flags: tuple[str, ...], words: str) -> None:
     # What a command makes of a LlamaError is the test before this one's.
-    main = importlib.import_module(script).main
+    main = importlib.import_module(f"scripts.bench.{script}").main
     values = dict(zip(flags[::2], flags[1::2], strict=True))
     typed = {name.removeprefix("--"): int(value) if value.isdecimal() else value for name, value in values.items()}
     with pytest.raises(LlamaError) as told:

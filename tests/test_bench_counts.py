@@ -1,4 +1,4 @@
-"""What the benchmarks count, against real ranks and against arithmetic by hand."""
+"""Counts of the benchmarks against those of real ranks and arithmetic by hand."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import charts
-import collectives
-import memory
 import pytest
 import torch
 import torch.distributed as dist
-from allocations import empty_shard, held_bytes, peaks
 from counting import frozen_shard
-from links import LINKS, Link, parse_links, seconds
-from lone_rank import alone
 from sharing import sharing
 from torch.profiler import ProfilerActivity, profile
-from weights import TINY, prepared_weights
 
 from llama.checkpoint.load import cut_model
+from llama.checkpoint.table import n_unique_params
 from llama.errors import LlamaError
 from llama.parallel.collectives import all_gather, all_reduce
 from llama.parallel.partition import Partition
 from llama.quantization.scheme import Scheme
+from scripts.bench import collectives, memory
+from scripts.bench.counters import alone, empty_shard, held_bytes, peaks
+from scripts.bench.limits import LINKS, Link, collective_seconds, parse_links
+from scripts.bench.report import panels
+from scripts.bench.weights import TINY, prepared_weights
 
 # Four layers: two all-reduces each, and the embedding's.
 REDUCES = 2 * TINY.n_layers + 1
 
 
 def real_calls(batch_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, int]:
-    """Collectives of a run on real ranks, by kind, as torch's profiler sees them."""
+    """Count the collectives of a run on real ranks, by kind, as torch's profiler sees them."""
     model = frozen_shard(TINY, torch.bfloat16)
     with profile(activities=[ProfilerActivity.CPU], acc_events=True) as recorded:
         collectives.generate(model, batch_size, prompt_tokens, new_tokens)
@@ -85,9 +84,9 @@ def test_compiled_collectives_are_counted() -> None:
 
 def test_costs_by_hand() -> None:
     link = Link(latency=1e-3, bandwidth=1e6)
-    assert seconds("all-reduce", 4000, 2, link) == pytest.approx(2 * (1e-3 + 2e-3))
-    assert seconds("all-gather", 4000, 4, link) == pytest.approx(3 * (1e-3 + 1e-3))
-    assert seconds("broadcast", 4000, 4, link) == pytest.approx(3e-3 + 4e-3)
+    assert collective_seconds("all-reduce", 4000, 2, link) == pytest.approx(2 * (1e-3 + 2e-3))
+    assert collective_seconds("all-gather", 4000, 4, link) == pytest.approx(3 * (1e-3 + 1e-3))
+    assert collective_seconds("broadcast", 4000, 4, link) == pytest.approx(3e-3 + 4e-3)
 
 
 def test_links_by_name() -> None:
@@ -104,7 +103,7 @@ def test_links_by_name() -> None:
 def test_weights_and_cache_to_the_byte(kind: str | None, group_size: int) -> None:
     scheme = None if kind is None else Scheme.create(kind, group_size or 32)
     partition = cut_model(TINY, scheme, 2)
-    found = memory.count(partition, 1, memory.Case(2, 3, "any"), 16, scheme)
+    found = memory.count(partition, 1, memory.MemoryCase(2, 3, "any"), 16, scheme)
     tables = 512 * 256  # half of the vocabulary
     linears = 4 * (2 * 256 * (128 + 64) + 3 * 256 * len(partition.ffn[1]))
     norms = (2 * 4 + 1) * 256
@@ -121,9 +120,9 @@ def test_weights_and_cache_to_the_byte(kind: str | None, group_size: int) -> Non
 
 
 def real_count(tokens: int, batch_size: int) -> list[int]:
-    """What prefill and decode take on real ranks.
+    """Count what prefill and decode take on real ranks, in bytes.
 
-    They share memory where they can: gloo's thread now and then lets go of a buffer a moment late.
+    The ranks share memory where they can: gloo's thread now and then lets go of a buffer a moment late.
     """
     from llama.generation.engine import Engine, Request
     from llama.generation.sampling import Sampling
@@ -133,14 +132,14 @@ def real_count(tokens: int, batch_size: int) -> list[int]:
         requests = [Request(index, [1] * (tokens - 2), 2, Sampling(temperature=0)) for index in range(batch_size)]
         events = Engine(model, TINY.vocab_size).run(requests, batch_size)
         held = model.new_cache(batch_size, tokens).nbytes
-        return [n - held for n in peaks(*[lambda: memory.take(events, batch_size)] * 2)]
+        return [n - held for n in peaks(*[lambda: memory.consume(events, batch_size)] * 2)]
 
 
 def test_activations_are_those_of_real_ranks(on_ranks: Callable[..., list]) -> None:
     partition = Partition.create(TINY, 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: attention on a CPU takes memory for each thread
-    found = memory.count(partition, 0, memory.Case(2, 4, "bf16"), 64, None)
+    found = memory.count(partition, 0, memory.MemoryCase(2, 4, "bf16"), 64, None)
     torch.set_num_threads(threads)
     runs = [on_ranks(2, real_count, 64, 4)[0] for _ in range(3)]
     assert min(run[0] for run in runs) == pytest.approx(found.prefill, rel=0.01)
@@ -150,7 +149,7 @@ def test_activations_are_those_of_real_ranks(on_ranks: Callable[..., list]) -> N
 def test_an_empty_shard_is_a_loaded_one() -> None:
     with alone(0, 1) as ranks:
         model = empty_shard(Partition.create(TINY, 1), ranks, torch.bfloat16)
-    assert held_bytes(model) == 2 * TINY.n_unique_params + model.rope_frequencies.nbytes
+    assert held_bytes(model) == 2 * n_unique_params(TINY) + model.rope_frequencies.nbytes
 
 
 def test_a_rank_of_weight_3_holds_three_times_as_much() -> None:
@@ -170,7 +169,7 @@ def test_without_matplotlib_there_is_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with charts.panels(str(tmp_path / "chart.png"), 1, 1) as rows:
+    with panels(str(tmp_path / "chart.png"), 1, 1) as rows:
         assert not rows
     assert "no chart" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

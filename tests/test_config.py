@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama.checkpoint.table import layer_params, n_params, n_unique_params
 from llama.config import ModelArgs, RopeScaling, ffn_width
 from llama.errors import CheckpointError
 
@@ -97,7 +98,7 @@ def with_vocabulary(params: dict[str, Any]) -> ModelArgs:
 def test_published_params_give_the_published_counts(name: str) -> None:
     params, width, stored, unique = PUBLISHED[name]
     args = with_vocabulary(params)
-    assert (args.ffn_dim, args.n_params, args.n_unique_params) == (width, stored, unique)
+    assert (args.ffn_dim, n_params(args), n_unique_params(args)) == (width, stored, unique)
 
 
 @pytest.mark.parametrize("name", ["1-7B", "2-70B", "3-8B", "3.2-1B"])
@@ -112,7 +113,7 @@ def test_counts_are_those_of_transformers_models(name: str) -> None:
                 vocab_size=args.vocab_size, tie_word_embeddings=args.tied,
             )
         )  # fmt: skip
-    assert unique - model.num_parameters() == (args.n_layers - 2) * args.layer_params
+    assert unique - model.num_parameters() == (args.n_layers - 2) * layer_params(args)
 
 
 def test_the_ffn_width_takes_the_multiplier_before_rounding_up() -> None:
@@ -234,7 +235,7 @@ def test_every_spelling_gives_the_args_of_metas_params(spelling: str, capsys: py
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "head_dim", "vocab_size", "tied"):
         assert getattr(ours, name) == getattr(meta, name), name
     assert (ours.norm_eps, ours.rope_theta, ours.rope_scaling) == (EPS5, 500000.0, meta.rope_scaling)
-    assert ours.n_unique_params == 1_235_814_400
+    assert n_unique_params(ours) == 1_235_814_400
 
 
 def test_what_transformers_writes_is_read_back() -> None:

@@ -62,7 +62,7 @@ def adapter(out: Path) -> torch.Tensor:
 DYING = """
 import os, signal
 from llama.cli import run
-from llama.finetuning.command import train
+from llama.commands.tune import main as train
 
 def sync(descriptor):
     if "checkpoint-8" in os.readlink(f"/proc/self/fd/{descriptor}"):

@@ -1,16 +1,16 @@
 """The published geometries, whose parameter counts are known, and the page and picture that are made from them."""
 
 import doctest
-import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from llama.checkpoint.table import n_unique_params
 from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry
 from llama.errors import LlamaError
 from llama.parallel.partition import Partition
+from scripts.draw_partition import as_text, draw, summary
 
 # As Hugging Face's model cards and safetensors indices count them (tied tables once).
 N_PARAMS = {
@@ -50,7 +50,7 @@ def test_every_geometry_is_counted() -> None:
 
 @pytest.mark.parametrize("name", N_PARAMS)
 def test_parameter_count(name: str) -> None:
-    assert geometry(name).n_unique_params == N_PARAMS[name]
+    assert n_unique_params(geometry(name)) == N_PARAMS[name]
 
 
 @pytest.mark.parametrize("name", FFN)
@@ -99,17 +99,9 @@ def test_the_page_on_partition_computes_what_it_shows(root: Path) -> None:
         assert not result.failed
 
 
-@pytest.fixture
-def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(root / "scripts"))
-    return importlib.import_module("draw_partition")
-
-
-def test_the_page_on_partition_shows_what_the_script_prints(root: Path, script: ModuleType) -> None:
+def test_the_page_on_partition_shows_what_the_script_prints(root: Path) -> None:
     cuts = (("llama-2-7b", 3, None), ("llama-3-8b", 5, None), ("llama-3-8b", 16, None), ("llama-2-7b", 2, "3,1"))
-    printed = [
-        script.as_text(script.summary(Partition.create(geometry(name), n, split))) + "\n" for name, n, split in cuts
-    ]
+    printed = [as_text(summary(Partition.create(geometry(name), n, split))) + "\n" for name, n, split in cuts]
     tables = blocks(root, "text")
     assert len(tables) == len(cuts)
     for whole, table in zip(printed, tables, strict=True):
@@ -117,8 +109,8 @@ def test_the_page_on_partition_shows_what_the_script_prints(root: Path, script: 
 
 
 @pytest.mark.slow
-def test_a_partition_with_copies_of_kv_heads_is_drawn(tmp_path: Path, script: ModuleType) -> None:
+def test_a_partition_with_copies_of_kv_heads_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / "cut.png"
-    script.draw(Partition.create(geometry("llama-3.2-1b"), 12), "Llama 3.2 1B", str(path))
+    draw(Partition.create(geometry("llama-3.2-1b"), 12), "Llama 3.2 1B", str(path))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert path.stat().st_size < 300_000

@@ -38,11 +38,14 @@ ALLOWED = {
     "export": CHECKPOINT | {"checkpoint", "tokenizer", "chat"},
     "adapters": CHECKPOINT | {"checkpoint"},
     "runtime": CHECKPOINT | {"checkpoint", "plan", "tokenizer"},
+    "flags": set(),
     "generation": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
     "finetuning": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
-    "cli": BASE | {"parallel"},
+    "cli": BASE | {"parallel", "flags"},
     "download": {"errors", "config", "cli"},
+    "__main__": {"env", "errors", "cli"},
 }
+ALLOWED["commands"] = set(ALLOWED)  # they stand on everything
 
 
 def modules(root: Path) -> list[Path]:

@@ -88,7 +88,7 @@ def test_a_rank_killed_while_generating(ckpt: Path, victim: int) -> None:
 
 # Has the ranks share memory, as large models do.
 SHARING = """
-from example import main
+from llama.commands.complete import main
 from llama import runtime
 from llama.cli import run
 from llama.env import notice
@@ -154,7 +154,7 @@ IMPATIENT = """
 from datetime import timedelta
 from torch.distributed import distributed_c10d
 distributed_c10d.default_pg_timeout = timedelta(seconds=2)
-from example import main
+from llama.commands.complete import main
 from llama.cli import run
 run(main)
 """

@@ -1,15 +1,12 @@
 """The bundled model: small, of the promised geometry, and right on items it has never seen."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from llama import Llama, ModelArgs
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-from tiny_corpus import FAMILIES, heldout
+from scripts.tiny.corpus import FAMILIES, heldout
 
 N_ITEMS = 100
 BAR = 0.95

@@ -3,15 +3,10 @@
 import itertools
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import tiny_corpus as corpus  # noqa: E402
+from scripts.tiny import corpus
 
 N = 300
 

@@ -65,8 +65,8 @@ def _kind(name: str) -> str:
 
 
 # Meta's name of every kind of linear in a layer, in the layer's order, to Hugging Face's.
-TARGETS = {_kind(row.meta): _kind(row.hf) for row in BLOCK if len(row.axes) == 2}
-_TABLES = {name for row in TOP if len(row.axes) == 2 for name in (_kind(row.meta), _kind(row.hf))}
+TARGETS = {_kind(row.meta): _kind(row.hf) for row in BLOCK if row.is_matrix}
+_TABLES = {name for row in TOP if row.is_matrix for name in (_kind(row.meta), _kind(row.hf))}
 _ALL = ("all", "all-linear")
 
 

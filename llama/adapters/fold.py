@@ -13,7 +13,8 @@ from torch import Tensor
 from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter, check_fits
 from llama.checkpoint.convert import convert_checkpoint, parse_size
 from llama.checkpoint.files import Index
-from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from llama.checkpoint.rows import SourceTensor
+from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.errors import AdapterError
 
 
@@ -23,29 +24,29 @@ def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FoldedTensor(SourceTensor):
-    """A stored tensor that is read with its update; of the sum, nothing is rounded before it is stored.
+    """A tensor that is read with its update; the sum is rounded once, to the dtype that it is read into.
 
     Args:
+        stored: the tensor without the update.
         a, b: [r, in_features] and [out_features, r], in Meta's row order.
         scaling: of the update.
-        stored_as: the dtype that it announces; None for the file's own.
     """
 
-    a: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
-    b: Tensor = field(default_factory=lambda: torch.empty(0, 0), repr=False)
-    scaling: float = 0.0
-    stored_as: torch.dtype | None = None
+    stored: SourceTensor
+    a: Tensor = field(repr=False)
+    b: Tensor = field(repr=False)
+    scaling: float
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it is to be stored in."""
-        return self.stored_as or super().dtype
+        """The dtype of the tensor without the update."""
+        return self.stored.dtype
 
     def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
         """See `SourceTensor.read`; the values are wide, whatever the dtype."""
-        for where, values in super().read(index):
+        for where, values in self.stored.read(index):
             rows, columns = (
                 slice(whole.start + part.start, whole.start + part.stop)
                 for whole, part in zip(index, where, strict=True)
@@ -53,16 +54,13 @@ class FoldedTensor(SourceTensor):
             yield where, fold(values, self.a[:, columns], self.b[rows], self.scaling)
 
 
-def with_adapter(
-    checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora", dtype: torch.dtype | None = None
-) -> Checkpoint:
+def with_adapter(checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora") -> Checkpoint:
     """The checkpoint as it reads with a LoRA folded in, a piece at a time; nothing is held or written.
 
     Args:
         checkpoint: open.
         adapter: made for its model.
         name: of the adapter, for the manifest of what is written.
-        dtype: what the tensors will be converted to, so that they are rounded once; None for their own.
 
     Raises:
         AdapterError: when the adapter was made for another model.
@@ -72,9 +70,9 @@ def with_adapter(
     check_fits(adapter, checkpoint.args)
     tensors = dict(checkpoint.tensors)
     for linear, (a, b) in adapter.weights.items():
-        tensor = tensors[f"{linear}.weight"]
-        tensors[tensor.spec.name] = FoldedTensor(
-            tensor.spec, tensor.pieces, tensor.dim, tensor.head_rows, a, b, adapter.scaling, dtype
+        stored = tensors[f"{linear}.weight"]
+        tensors[stored.spec.name] = FoldedTensor(
+            stored.spec, stored.pieces, stored.dim, stored.head_rows, stored=stored, a=a, b=b, scaling=adapter.scaling
         )
     return dataclasses.replace(checkpoint, tensors=tensors, adapter=name)
 
@@ -100,7 +98,7 @@ def merge_adapter(
         to: "hf", "meta" or "single"; None for the layout that the checkpoint has.
 
     Returns:
-        What was written.
+        The folder or file written.
 
     Raises:
         LlamaError: before anything is written, or with everything that was written removed; an
@@ -113,5 +111,5 @@ def merge_adapter(
             f"{name} is a soft prompt, which cannot be folded into weights: write it out with "
             "scripts/export_gguf.py --adapter, or run it with --tuning_ckpt_path"
         )
-    folded = with_adapter(checkpoint, adapter, name, dtype)
+    folded = with_adapter(checkpoint, adapter, name)
     return convert_checkpoint(folded, to or checkpoint.format, output, dtype, max_bytes, tokenizer_path, force)

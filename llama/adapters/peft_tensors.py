@@ -13,8 +13,8 @@ from torch import Tensor
 from llama.adapters.adapter import LoraAdapter, PromptAdapter, linears
 from llama.adapters.peft_config import count, module_of, number, targeted, truth
 from llama.checkpoint.files import StoredTensor
-from llama.checkpoint.hf_weights import to_hf_order
-from llama.checkpoint.source import MOST_NAMED, to_meta_order
+from llama.checkpoint.rows import to_hf_order, to_meta_order
+from llama.checkpoint.source import MOST_NAMED
 from llama.checkpoint.table import Spec
 from llama.config import ModelArgs
 from llama.errors import AdapterError

@@ -15,7 +15,7 @@ from llama.errors import AdapterError
 from llama.model import Transformer
 
 
-def settle_adapter(adapter: str | Path | Adapter | None, args: ModelArgs) -> Adapter | None:
+def fitting_adapter(adapter: str | Path | Adapter | None, args: ModelArgs) -> Adapter | None:
     """An adapter that fits the model, read from its files where a path is given.
 
     Raises:

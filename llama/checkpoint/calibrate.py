@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.checkpoint.load import settle_tie
-from llama.checkpoint.quantize import Quantized
 from llama.checkpoint.rows import quantized_chunks
+from llama.checkpoint.save import Quantized
 from llama.checkpoint.source import Checkpoint
 from llama.env import notice
 from llama.errors import QuantizationError
@@ -97,7 +96,7 @@ class _Run:
 
     def __init__(self, checkpoint: Checkpoint, scheme: Scheme, device: torch.device) -> None:
         self.checkpoint, self.scheme, self.device = checkpoint, scheme, device
-        args = settle_tie(checkpoint)
+        args = checkpoint.held_args()
         self.model = Transformer(args, Partition.create(args, 1), Ranks(device=device), device="meta")
         self.model.requires_grad_(False)
 

@@ -1,38 +1,28 @@
-"""Carry a checkpoint into another world: Hugging Face's, Meta's, or LLMs-from-scratch's single file.
+"""Convert a checkpoint to another layout: Hugging Face's, Meta's, or LLMs-from-scratch's single file.
 
-Whatever `open_checkpoint` opens is streamed, tensor by tensor; what a world cannot express is refused before
+Whatever `open_checkpoint` opens is streamed, tensor by tensor; a model that a layout cannot express is refused before
 anything is written.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from llama.checkpoint import manifest
-from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_file, partial_folder
-from llama.checkpoint.hf_weights import Place, checkpoint_rows, describe, pour, tensor_bytes, write_weights
-from llama.checkpoint.params import generation_config, hf_config
-from llama.checkpoint.scratch import beside
-from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint, shares_output
-from llama.checkpoint.split import describe_source, split_checkpoint, with_output
-from llama.checkpoint.table import Spec
-from llama.checkpoint.write import PthWriter
-from llama.config import read_json
+from llama.checkpoint.hugging_face import hugging_face
+from llama.checkpoint.params import hf_config
+from llama.checkpoint.save import Entry, TargetLayout, save
+from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint
+from llama.checkpoint.split import kept_dtype, split_checkpoint, stored_twice
+from llama.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
 from llama.env import notice
-from llama.errors import CheckpointError, TokenizerError, UsageError
-from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer, locate_tokenizer
+from llama.errors import CheckpointError, UsageError
 
 KINDS = ("hf", "meta", "single")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-AFTER_LAYERS = ("norm.weight", "output.weight")
 # What LLMs-from-scratch's code has in place of a parameter.
 SCRATCH_NORM_EPS = 1e-5
 
@@ -46,7 +36,7 @@ def convert(
     tokenizer_path: str | Path | None = None,
     force: bool = False,
 ) -> Path:
-    """Write a checkpoint in another layout, with what its world wants beside the weights.
+    """Write a checkpoint in another layout, with the files that belong beside the weights.
 
     Args:
         ckpt_dir: anything that `open_checkpoint` reads.
@@ -58,7 +48,7 @@ def convert(
         force: replace what an earlier conversion or split wrote.
 
     Returns:
-        What was written.
+        The folder or file written.
 
     Raises:
         LlamaError: before anything is written, or with everything that was written removed.
@@ -81,13 +71,14 @@ def convert_checkpoint(
     check_kind(to)
     target, named = Path(output), None if tokenizer_path is None else Path(tokenizer_path)
     if to == "meta":
-        _read_tokenizer(checkpoint, named)
+        read_tokenizer(checkpoint, named)
         return split_checkpoint(checkpoint, 1, target, "consolidated", None, dtype, force, named)
     checkpoint.require_numbers(f"--to {to}")
-    check_target(target, checkpoint.path, force)
     if to == "hf":
-        return _to_hf(checkpoint, target, dtype, max_bytes, named)
-    return _to_single(checkpoint, target, dtype, named)
+        describe = partial(hugging_face, dtype=dtype, max_bytes=max_bytes, tokenizer_path=named)
+    else:
+        describe = partial(_single_file, target=target, dtype=dtype, tokenizer_path=named)
+    return save(checkpoint, target, describe, force)
 
 
 def check_kind(to: str) -> None:
@@ -113,62 +104,12 @@ def parse_size(text: str) -> int:
     return size
 
 
-# -- Hugging Face ----------------------------------------------------------------------------------
-
-
-def _to_hf(
-    checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, max_bytes: int, tokenizer_path: Path | None
-) -> Path:
-    found = _read_tokenizer(checkpoint, tokenizer_path)
-    checkpoint = _tie_if_equal(checkpoint)
-    # As transformers has them: what follows the layers comes after them, so that files hold neighbours.
-    in_order = sorted(checkpoint.tensors.values(), key=lambda tensor: tensor.spec.name in AFTER_LAYERS)
-    stored = [(tensor.spec, dtype or tensor.dtype) for tensor in in_order]
-    check_space(target, sum(tensor_bytes(spec, kind) for spec, kind in stored))
-    with partial_folder(target) as folder:
-        _write_tokenizer(checkpoint.path, tokenizer_path, found, folder)
-        shards = write_weights(folder, stored, checkpoint_rows(checkpoint), max_bytes)
-        _write_generation_config(folder, found[1] if found else None)
-        manifest.write(folder, describe_source(checkpoint), {"layout": "hf"}, shards)
-        # Last, since nothing opens as a checkpoint without it.
-        _write_json(folder / "config.json", _config(checkpoint, dtype, found[1] if found else None))
-    return target
-
-
-def _tie_if_equal(checkpoint: Checkpoint) -> Checkpoint:
-    """Hugging Face stores a tied output layer once. Meta's files hold it twice and do not say so: equality does."""
-    args = checkpoint.args
-    tied = (args.tied or checkpoint.format != "hf") and shares_output(checkpoint)
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not (tied and name == "output.weight")}
-    return dataclasses.replace(checkpoint, args=dataclasses.replace(args, tied=tied), tensors=tensors)
-
-
-def _config(checkpoint: Checkpoint, dtype: torch.dtype | None, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """`config.json`; the context length of a source that states one is kept."""
-    bos, stops = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.stop_tokens)
-    config = hf_config(checkpoint.args, dtype or checkpoint.dtype, bos, stops)
-    if checkpoint.format == "hf":
-        stated = read_json(checkpoint.path / "config.json").get("max_position_embeddings")
-        config["max_position_embeddings"] = stated or config["max_position_embeddings"]
-    return config
-
-
-def _write_generation_config(folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Stop tokens, and whatever else the source's own file says."""
-    path = folder / "generation_config.json"
-    ids = {} if tokenizer is None else generation_config(tokenizer.bos_id, tokenizer.stop_tokens)
-    kept = read_json(path) if path.exists() else {}
-    _write_json(path, {**(kept if isinstance(kept, dict) else {}), **ids})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 # -- LLMs-from-scratch -----------------------------------------------------------------------------
 
 
-def _to_single(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, tokenizer_path: Path | None) -> Path:
+def _single_file(
+    checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, tokenizer_path: Path | None
+) -> TargetLayout:
     args = checkpoint.args
     if target.suffix not in SINGLE_SUFFIXES:
         raise UsageError(f"--output {target} names the single file: let it end in .pth")
@@ -179,75 +120,17 @@ def _to_single(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, 
         )
     if args.norm_eps != SCRATCH_NORM_EPS:
         notice(f"LLMs-from-scratch's code has norm_eps {SCRATCH_NORM_EPS}, this model {args.norm_eps}: change it there")
-    _read_tokenizer(checkpoint, tokenizer_path)
-    is_tied = _tie_if_equal(checkpoint).args.tied
-    config = hf_config(dataclasses.replace(args, tied=is_tied), dtype or checkpoint.dtype)
-    checkpoint = with_output(checkpoint)
-    stored = [(tensor.spec, dtype or tensor.dtype) for tensor in checkpoint.tensors.values()]
-    check_space(target, sum(tensor_bytes(spec, kind) for spec, kind in stored))
-    with partial_file(target) as partial:
-        digest = _write_single(partial, checkpoint, stored)
-        # Parameters of an earlier file must not stand beside this one.
-        beside(target).unlink(missing_ok=True)
-    shards = {target.name: describe(stored, digest, lambda spec: spec.scratch_name)}
-    with partial_file(beside(target)) as partial:
-        content = {"source": describe_source(checkpoint), "partition": {"layout": "single"}, "config": config}
-        manifest.write_to(partial, {**content, "shards": shards})
-    copy_tokenizer(checkpoint.path, target.parent, tokenizer_path)
-    return target
-
-
-def _write_single(path: Path, checkpoint: Checkpoint, stored: list[tuple[Spec, torch.dtype]]) -> dict[str, str]:
-    layout = {spec.scratch_name: (spec.shape, kind) for spec, kind in stored}
-    with ExitStack() as stack:
-        workers = stack.enter_context(ThreadPoolExecutor(4, thread_name_prefix="convert"))
-        writer = PthWriter(path, layout, workers)
-        stack.callback(writer.close)
-        places = [Place(spec, kind, writer, spec.scratch_name) for spec, kind in stored]
-        pour(places, checkpoint_rows(checkpoint), "converting")
-        return writer.finish()
-
-
-# -- tokenizer -------------------------------------------------------------------------------------
-
-
-def _read_tokenizer(checkpoint: Checkpoint, tokenizer_path: Path | None) -> tuple[Path, Tokenizer] | None:
-    """The tokenizer's file and the tokenizer; None, with a notice, where there is none.
-
-    Raises:
-        TokenizerError: when it was named and is none, or belongs to a larger model.
-    """
-    try:
-        file = locate_tokenizer(find_tokenizer(checkpoint.path, tokenizer_path))
-    except TokenizerError:
-        if tokenizer_path is not None:
-            raise
-        notice("no tokenizer beside the weights or one folder up: only the weights are converted")
-        return None
-    tokenizer = load_tokenizer(file)
-    if tokenizer.n_words > checkpoint.args.vocab_size:
-        raise TokenizerError(
-            f"{file} has {tokenizer.n_words} tokens but the model only {checkpoint.args.vocab_size}: it belongs to "
-            "another model; name the right one with --tokenizer_path"
-        )
-    return file, tokenizer
-
-
-def _write_tokenizer(
-    source: Path, tokenizer_path: Path | None, found: tuple[Path, Tokenizer] | None, folder: Path
-) -> None:
-    """What `AutoTokenizer` opens: the source's own files, or what is made of its tokenizer.model."""
-    if found is None:
-        return
-    copy_tokenizer(source, folder, tokenizer_path)
-    # Needed for this alone.
-    from llama.tokenizer.export import write_hf_tokenizer, write_tokenizer_config
-
-    if (folder / "tokenizer.json").exists():
-        if not (folder / "tokenizer_config.json").exists():
-            write_tokenizer_config(found[1], folder)
-        return
-    try:
-        write_hf_tokenizer(found[0], folder)
-    except TokenizerError as error:
-        notice(f"{error}; it is copied as it is")
+    read_tokenizer(checkpoint, tokenizer_path)
+    entries = [
+        Entry(spec.scratch_name, source, spec.whole, kept_dtype(checkpoint, source, dtype))
+        for spec, source in stored_twice(checkpoint)
+    ]
+    return TargetLayout(
+        "converting",
+        {target.name: entries},
+        {"layout": "single"},
+        hf_config(checkpoint.held_args(unsaid=checkpoint.format != "hf"), dtype or checkpoint.dtype),
+        None,
+        lambda folder: copy_tokenizer(checkpoint.path, folder, tokenizer_path),
+        rotate_half=True,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +10,18 @@ from pathlib import Path
 from llama.checkpoint import manifest
 from llama.checkpoint.scratch import beside
 from llama.checkpoint.source import PARTIAL
-from llama.env import notice
 from llama.errors import CheckpointError
 
 # Room beside the tensors: archive directories, manifest, tokenizer (of which a GGUF vocabulary with merges has 10 MB).
 OVERHEAD_BYTES = 32 << 20
-# Where a folder keeps each file of its tokenizer; the last place is that of Llama 3's repositories on Hugging Face.
-TOKENIZERS = {
-    "tokenizer.model": ("tokenizer.model", "original/tokenizer.model"),
-    "tokenizer.json": ("tokenizer.json",),
-}
-# What says which tokens open and close a text, where a tokenizer.json does not.
-TOKENIZER_SETTINGS = (
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"
-)  # fmt: skip
 
 
 def check_target(target: Path, source: Path, force: bool) -> None:
-    """Whether a checkpoint may be written to `target`.
+    """Refuse a target that must not be written to.
 
     Raises:
-        CheckpointError: when that would touch the source, something that is not ours, or, without `force`, an
-            earlier one of ours.
+        CheckpointError: when it is or holds the source, is not of ours, or, without `force`, is an earlier checkpoint
+            of ours.
     """
     if source.resolve().is_relative_to(target.resolve()):
         raise CheckpointError(f"{target} is the checkpoint itself or holds it: choose another output")
@@ -45,7 +34,12 @@ def check_target(target: Path, source: Path, force: bool) -> None:
 
 
 def check_space(target: Path, n_bytes: int, remedy: str = "choose another output") -> None:
-    """Whether so many bytes of tensors fit where `target` is to stand; `remedy` is the way out besides making room.
+    """Refuse a target on a disk without room for so many bytes of tensors.
+
+    Args:
+        target: the file or folder to write.
+        n_bytes: of its tensors.
+        remedy: the way out besides making room, for the message.
 
     Raises:
         CheckpointError: naming both sizes.
@@ -111,51 +105,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def copy_tokenizer(source: Path, folder: Path, tokenizer_path: Path | None = None) -> None:
-    """Copy the tokenizer into `folder`, where it is not there yet.
-
-    Args:
-        source: the checkpoint: its tokenizer lies beside the weights or one folder up.
-        folder: where to.
-        tokenizer_path: the tokenizer's file or folder, if it was named.
-    """
-    if tokenizer_path is not None and tokenizer_path.is_file():
-        is_json = tokenizer_path.read_bytes()[:64].lstrip().startswith((b"{", b"\xef\xbb\xbf{"))
-        _copy_new(tokenizer_path, folder / ("tokenizer.json" if is_json else "tokenizer.model"))
-        if is_json:
-            _copy_settings(tokenizer_path.parent, folder)
-        return
-    start = source.resolve()
-    start = start.parent if start.is_file() else start
-    for place in [start, start.parent] if tokenizer_path is None else [tokenizer_path]:
-        if _copy_from(place, folder):
-            return  # a tokenizer one folder up may be another model's
-
-
-def _copy_from(place: Path, folder: Path) -> bool:
-    """Copy all files of the tokenizer in `place`; False where there is none."""
-    found = {
-        name: next((place / path for path in paths if (place / path).is_file()), None)
-        for name, paths in TOKENIZERS.items()
-    }
-    for name, file in found.items():
-        if file is not None:
-            _copy_new(file, folder / name)
-    if found["tokenizer.json"] is not None:
-        _copy_settings(place, folder)
-    return any(found.values())
-
-
-def _copy_settings(place: Path, folder: Path) -> None:
-    for name in TOKENIZER_SETTINGS:
-        if (place / name).is_file():
-            _copy_new(place / name, folder / name)
-
-
-def _copy_new(file: Path, target: Path) -> None:
-    if not target.exists():
-        shutil.copyfile(file, target)
-    elif not filecmp.cmp(file, target, shallow=False):
-        notice(f"{target} is there already and is not that of the model: it is left as it is")

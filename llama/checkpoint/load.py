@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from llama.checkpoint.rows import quantized_chunks
-from llama.checkpoint.source import Checkpoint, shares_output
+from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import SCALES, WEIGHT, Spec, specs
 from llama.config import ModelArgs
-from llama.env import is_speaker
+from llama.env import byte_bar
 from llama.errors import CheckpointError
 from llama.kernels.pages import prefer_huge_pages
 from llama.model import Transformer
@@ -23,9 +21,6 @@ from llama.parallel.partition import Partition
 from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import OUTPUT, Scheme
 from llama.rope import rope_frequencies
-
-# Below this a progress bar would only flicker.
-PROGRESS_BYTES = 256 << 20
 
 
 def load_model(
@@ -55,7 +50,7 @@ def load_model(
     scheme = checkpoint.scheme or scheme
     if scheme is not None:
         check_cuts(checkpoint.args, scheme, partition)
-    args = settle_tie(checkpoint, _compared(checkpoint, scheme, partition, ranks.rank))
+    args = checkpoint.held_args(_compared(checkpoint, scheme, partition, ranks.rank))
     model = Transformer(args, partition, ranks, device="meta", dtype=dtype)
     if scheme is not None:
         quantize_layers(model, scheme)
@@ -83,7 +78,7 @@ def cut_model(
 
 
 def check_cuts(args: ModelArgs, scheme: Scheme, partition: Partition) -> None:
-    """Whether every cut of the model falls between groups of columns that share a scale.
+    """Refuse a cut inside a group of columns that share a scale.
 
     Raises:
         QuantizationError: which names the first that does not.
@@ -92,18 +87,6 @@ def check_cuts(args: ModelArgs, scheme: Scheme, partition: Partition) -> None:
     for spec in specs(args, scheme).values():
         for rank in range(partition.world_size):
             spec.own(partition, rank)
-
-
-def settle_tie(checkpoint: Checkpoint, rows: slice | None = None) -> ModelArgs:
-    """Whether the output layer shares the embedding's memory.
-
-    Meta's Llama 3.2 files hold the tied weight twice: one copy is kept where both are equal in these rows (all, where
-    None are given), and both where tuning has set them apart (as transformers does).
-    """
-    args = checkpoint.args
-    if not args.tied or shares_output(checkpoint, rows):
-        return args
-    return dataclasses.replace(args, tied=False)
 
 
 def _compared(checkpoint: Checkpoint, scheme: Scheme | None, partition: Partition, rank: int) -> slice | None:
@@ -132,8 +115,7 @@ def _fill(model: Transformer, checkpoint: Checkpoint, held: dict[str, Spec]) -> 
     """Read every parameter, quantizing those that are held as integers and stored as numbers."""
     parameters = dict(model.named_parameters())
     total = sum(p.nbytes for p in parameters.values())
-    quiet = not is_speaker() or total < PROGRESS_BYTES
-    with tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet, leave=False) as bar:
+    with byte_bar(total, "loading", leave=False) as bar:
         for name, parameter in parameters.items():
             place = held[name].own(model.partition, model.ranks.rank)
             if name in checkpoint.tensors and checkpoint.tensors[name].spec.dtype == held[name].dtype:

@@ -1,4 +1,4 @@
-"""What a split checkpoint holds, written beside it: every tensor of every shard with its sha256."""
+"""The manifest beside a checkpoint of ours: every tensor of every file with its sha256."""
 
 from __future__ import annotations
 
@@ -25,25 +25,19 @@ def describe(shape: tuple[int, ...], dtype: torch.dtype, sha256: str) -> dict[st
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "sha256": sha256}
 
 
-def write(folder: Path, source: Mapping[str, Any], partition: Mapping[str, Any], shards: Mapping[str, Digests]) -> None:
-    """Write the manifest of a folder.
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, or the one beside a single file.
 
     Args:
-        folder: where the shards lie.
-        source: what they were made from.
-        partition: how they were cut.
-        shards: file name to tensor name to `describe`'s entry.
+        path: the manifest's file.
+        content: "source", the files that the shards were made from; "partition", how they were cut; "shards", file
+            name to tensor name to `describe`'s entry; and what else it shall hold.
     """
-    write_to(folder / NAME, {"source": source, "partition": partition, "shards": shards})
-
-
-def write_to(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a manifest under any name, as that of a single file."""
     path.write_text(json.dumps({"format": FORMAT, **content}, indent=1) + "\n", encoding="utf-8")
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a folder, or what the manifest at `path` describes, is one that we wrote, and so may replace."""
+    """Return whether we wrote the folder at `path`, or the file that the manifest at `path` describes."""
     try:
         content = read_json(path / NAME if path.is_dir() else path)
     except CheckpointError:

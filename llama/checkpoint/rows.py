@@ -1,18 +1,88 @@
-"""The rows of a stored matrix in order, a chunk at a time: as they are, or quantized as they are read."""
+"""One tensor of a whole model, and its rows in order, a chunk at a time: as they are, or quantized on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint.files import Index
-from llama.checkpoint.source import SourceTensor
+from llama.checkpoint.files import Index, StoredTensor
+from llama.checkpoint.table import Spec
 from llama.kernels.formats import Form
 from llama.kernels.products import pack
 
 CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """One tensor of the whole model, stored in one piece or in several.
+
+    Args:
+        spec: its name, shape and axes.
+        pieces: what is stored, in order.
+        dim: the dimension along which the pieces are laid end to end.
+        head_rows: rows of one head where the file has them in Hugging Face's order, else 0.
+    """
+
+    spec: Spec
+    pieces: tuple[StoredTensor, ...]
+    dim: int = 0
+    head_rows: int = 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it is stored in."""
+        return self.pieces[0].dtype
+
+    def read_into(self, index: Index, out: Tensor) -> None:
+        """Copy the part that `index` names into `out`, in Meta's row order and `out`'s dtype."""
+        for where, values in self.read(index):
+            out[where].copy_(values)
+
+    def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
+        """The part that `index` names in pieces: where each belongs in the part, and its values.
+
+        Values are good until the next piece is asked for. Where rows are permuted, `index` holds
+        whole heads.
+        """
+        wanted, first = index[self.dim], 0
+        for piece in self.pieces:
+            last = first + piece.shape[self.dim]
+            start, stop = max(wanted.start, first), min(wanted.stop, last)
+            if start < stop:
+                inner = list(index)
+                inner[self.dim] = slice(start - first, stop - first)
+                yield from self._read_piece(piece, tuple(inner), start - wanted.start)
+            first = last
+
+    def _read_piece(self, piece: StoredTensor, index: Index, shift: int) -> Iterator[tuple[Index, Tensor]]:
+        for dim, start, values in piece.pieces(index, max(1, self.head_rows)):
+            starts = [0] * values.ndim
+            starts[dim] += start
+            starts[self.dim] += shift
+            where = tuple(slice(s, s + n) for s, n in zip(starts, values.shape, strict=True))
+            yield where, self._in_meta_order(values)
+
+    def _in_meta_order(self, values: Tensor) -> Tensor:
+        return to_meta_order(values, self.head_rows) if self.head_rows else values
+
+
+def may_be(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
+    """Return whether a tensor may be stored in `dtype`: the wanted one, or any of numbers where that is None."""
+    return dtype.is_floating_point if wanted is None else dtype == wanted
+
+
+def to_meta_order(rows: Tensor, head_dim: int) -> Tensor:
+    """Whole heads of `wq` or `wk`, [heads * D, E], from Hugging Face's [heads, 2, D/2] rows to [heads, D/2, 2]."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_hf_order(rows: Tensor, head_dim: int) -> Tensor:
+    """Whole heads of `wq` or `wk`, [heads * D, E], from Meta's [heads, D/2, 2] rows to [heads, 2, D/2]."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def row_chunks(
@@ -43,7 +113,7 @@ def quantized_chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """A part of a matrix, rounded to the nearest as it is read: (rows of the part, packed integers, scales).
 
-    What is rounded are the stored values, in float32, whatever is computed in later; and int8's scale is that of
+    The stored values are rounded, in float32, whatever is computed in later; and int8's scale is that of
     the whole row, whichever columns are wanted: so the integers are the same at every world size.
 
     Args:

@@ -67,7 +67,7 @@ def _read_beside(path: Path) -> ModelArgs:
 
 
 def _sizes(path: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
-    """What shapes say; heads are not among it."""
+    """The sizes that shapes tell; the number of heads is not among them."""
     layers = {int(match[1]) for name in stored if (match := _LAYER.match(name))}
     try:
         return {

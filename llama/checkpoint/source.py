@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from llama.checkpoint.files import Index, StoredTensor, read_header
+from llama.checkpoint.files import StoredTensor, read_header
+from llama.checkpoint.rows import SourceTensor, may_be
 from llama.checkpoint.scratch import geometry_of
 from llama.checkpoint.table import Spec, is_ignored, specs
+from llama.checkpoint.tie import is_tied
 from llama.config import ModelArgs, read_json
 from llama.errors import CheckpointError, QuantizationError
-from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
+from llama.quantization.scheme import EMBEDDING, Scheme
 
 SHARD_NAME = re.compile(r"^((?:fs_)?consolidated)\.(\d{2,})\.pth$")
 HF_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -29,65 +30,6 @@ HF_NAMES = ("model.safetensors", "pytorch_model.bin")
 PARTIAL = ".partial"
 SINGLE_SUFFIXES = (".pth", ".pt", ".bin")
 MOST_NAMED = 20  # tensors listed in one message
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """One tensor of the whole model, stored in one piece or in several.
-
-    Args:
-        spec: its name, shape and axes.
-        pieces: what is stored, in order.
-        dim: the dimension along which the pieces are laid end to end.
-        head_rows: rows of one head where the file has them in Hugging Face's order, else 0.
-    """
-
-    spec: Spec
-    pieces: tuple[StoredTensor, ...]
-    dim: int = 0
-    head_rows: int = 0
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it is stored in."""
-        return self.pieces[0].dtype
-
-    def read_into(self, index: Index, out: Tensor) -> None:
-        """Copy the part that `index` names into `out`, in Meta's row order and `out`'s dtype."""
-        for where, values in self.read(index):
-            out[where].copy_(values)
-
-    def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
-        """The part that `index` names in pieces: where each belongs in the part, and its values.
-
-        Values are good until the next piece is asked for. Where rows are permuted, `index` holds
-        whole heads.
-        """
-        wanted, first = index[self.dim], 0
-        for piece in self.pieces:
-            last = first + piece.shape[self.dim]
-            start, stop = max(wanted.start, first), min(wanted.stop, last)
-            if start < stop:
-                inner = list(index)
-                inner[self.dim] = slice(start - first, stop - first)
-                yield from self._read_piece(piece, tuple(inner), start - wanted.start)
-            first = last
-
-    def _read_piece(self, piece: StoredTensor, index: Index, shift: int) -> Iterator[tuple[Index, Tensor]]:
-        for dim, start, values in piece.pieces(index, max(1, self.head_rows)):
-            starts = [0] * values.ndim
-            starts[dim] += start
-            starts[self.dim] += shift
-            where = tuple(slice(s, s + n) for s, n in zip(starts, values.shape, strict=True))
-            yield where, self._in_meta_order(values)
-
-    def _in_meta_order(self, values: Tensor) -> Tensor:
-        return to_meta_order(values, self.head_rows) if self.head_rows else values
-
-
-def to_meta_order(rows: Tensor, head_dim: int) -> Tensor:
-    """Whole heads of `wq` or `wk`, [heads * D, E], from Hugging Face's [heads, 2, D/2] rows to [heads, D/2, 2]."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
 @dataclass(frozen=True)
@@ -117,6 +59,10 @@ class Checkpoint:
         """The dtype that most of the model's numbers are stored in; integers are none."""
         name = "layers.0.feed_forward.w1.weight" if self.scheme is None else "norm.weight"
         return self.tensors[name].dtype
+
+    def held_args(self, rows: slice | None = None, unsaid: bool = False) -> ModelArgs:
+        """The geometry of a model that holds these tensors, its `tied` as `is_tied` answers; arguments as there."""
+        return dataclasses.replace(self.args, tied=is_tied(self.args, self.tensors, self.scheme, rows, unsaid))
 
     def require_numbers(self, purpose: str) -> None:
         """Refuse a quantized checkpoint where the weights themselves are needed.
@@ -186,9 +132,9 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
     args = ModelArgs.from_file(folder / "params.json")
     scheme = _stored_scheme(folder / "params.json")
     shards = [read_header(file, is_ignored, integers=scheme is not None) for file in files]
-    args = _settle_vocab_size(args, shards)
+    args = _with_vocab_size(args, shards)
     if scheme is not None:
-        args = _settle_quantized_tie(args, scheme, shards[0])
+        args = dataclasses.replace(args, tied=_reads_as_tied(args, scheme, shards[0]))
         scheme.check(args)
     expected = specs(args, scheme)
     problems = _Problems()
@@ -208,7 +154,7 @@ def _open_meta(folder: Path, files: Sequence[Path]) -> Checkpoint:
 
 
 def _stored_scheme(path: Path) -> Scheme | None:
-    """What params.json says of integers in the files."""
+    """The scheme of the integers in the files, from params.json."""
     content = read_json(path).get("quantization")
     try:
         return None if content is None else Scheme.from_json(content)
@@ -216,20 +162,17 @@ def _stored_scheme(path: Path) -> Scheme | None:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _settle_quantized_tie(args: ModelArgs, scheme: Scheme, shard: Mapping[str, StoredTensor]) -> ModelArgs:
-    """A tied embedding is held as the output layer is; one that is held otherwise has been set apart from it."""
-    form = scheme.form(EMBEDDING, args)
-    if not args.tied or EMBEDDING not in shard:
-        return args
-    fits = _may_be(shard[EMBEDDING].dtype, None if form is None else form.dtype)
-    return args if fits else dataclasses.replace(args, tied=False)
+def _reads_as_tied(args: ModelArgs, scheme: Scheme, shard: Mapping[str, StoredTensor]) -> bool:
+    """Return whether the embedding is stored in the form that a tied one has; no values are compared."""
+    spec = specs(args)[EMBEDDING]
+    return is_tied(args, {EMBEDDING: SourceTensor(spec, (shard[EMBEDDING],))} if EMBEDDING in shard else {}, scheme)
 
 
 def _may_lack(name: str, args: ModelArgs) -> bool:
     return name.startswith("output.") and args.tied
 
 
-def _settle_vocab_size(args: ModelArgs, shards: Sequence[Mapping[str, StoredTensor]]) -> ModelArgs:
+def _with_vocab_size(args: ModelArgs, shards: Sequence[Mapping[str, StoredTensor]]) -> ModelArgs:
     """Where params leave the vocabulary open (-1), the output layer's rows decide."""
     if args.vocab_size != -1:
         return args
@@ -324,36 +267,8 @@ def _open_single(path: Path) -> Checkpoint:
 # -- what all of them share ------------------------------------------------------------------------
 
 
-def shares_output(checkpoint: Checkpoint, rows: slice | None = None) -> bool:
-    """Whether the output layer equals the embedding, or is not stored at all.
-
-    Meta's Llama 3.2 files hold the tied weight twice, and tuning may have set the two apart.
-
-    Args:
-        checkpoint: open.
-        rows: of the vocabulary, that are compared; None for all.
-    """
-    if OUTPUT not in checkpoint.tensors:
-        return True
-    tensors = checkpoint.tensors
-    both = (name for name in (OUTPUT, "output.scales") if name in tensors)
-    return all(_are_equal(tensors[name], tensors[name.replace("output", "tok_embeddings")], rows) for name in both)
-
-
-def _are_equal(left: SourceTensor, right: SourceTensor, rows: slice | None) -> bool:
-    """Whether two tensors hold the same in these rows."""
-    index = (rows or left.spec.whole[0], *left.spec.whole[1:])
-    for where, values in left.read(index):
-        part = tuple(slice(run.start + own.start, run.start + own.stop) for run, own in zip(index, where, strict=True))
-        scratch = torch.empty_like(values, memory_format=torch.contiguous_format)
-        right.read_into(part, scratch)
-        if not torch.equal(scratch, values):
-            return False
-    return True
-
-
 class _Problems:
-    """What is wrong with a checkpoint's tensors, told in one error."""
+    """The faults of a checkpoint's tensors, told in one error."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -366,7 +281,7 @@ class _Problems:
         found = _joined_shape(tensor)
         if found != spec.shape:
             self.misshapen.append(f"{spec.name} is {_show(found)}, expected {list(spec.shape)}")
-        strangers = {piece.dtype for piece in tensor.pieces if not _may_be(piece.dtype, spec.dtype)}
+        strangers = {piece.dtype for piece in tensor.pieces if not may_be(piece.dtype, spec.dtype)}
         if strangers:
             found_as, wanted = _name(strangers.pop()), "a dtype of numbers" if spec.dtype is None else _name(spec.dtype)
             self.mistyped.append(f"{spec.name} is {found_as}, expected {wanted}")
@@ -403,10 +318,6 @@ def _joined_shape(tensor: SourceTensor) -> tuple[int, ...] | None:
 
 def _show(shape: tuple[int, ...] | None) -> str:
     return "in pieces that do not fit together" if shape is None else str(list(shape))
-
-
-def _may_be(dtype: torch.dtype, wanted: torch.dtype | None) -> bool:
-    return dtype.is_floating_point if wanted is None else dtype == wanted
 
 
 def _name(dtype: torch.dtype) -> str:

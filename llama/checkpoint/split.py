@@ -1,33 +1,24 @@
-"""Rewrite a checkpoint into any number of shards, in the memory of a few tensors' rows.
-
-Rows are read once, at full width, and dealt out to the shards that own a part of them; reading,
-writing and checksums go on at the same time.
-"""
+"""Meta's shards as a target layout: any number of files, each with its rank's part of every tensor."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from llama.checkpoint import manifest
-from llama.checkpoint.folders import check_space, check_target, copy_tokenizer, partial_folder
 from llama.checkpoint.params import to_params
-from llama.checkpoint.rows import row_chunks
-from llama.checkpoint.source import Checkpoint, SourceTensor, open_checkpoint
+from llama.checkpoint.save import Entry, TargetLayout, save
+from llama.checkpoint.source import Checkpoint, open_checkpoint
 from llama.checkpoint.table import Spec, specs
-from llama.checkpoint.write import PthWriter
+from llama.checkpoint.tie import source_of
+from llama.checkpoint.tokenizer_files import copy_tokenizer
 from llama.errors import CheckpointError, PartitionError
 from llama.parallel.partition import Partition, weighted_ranges
-from llama.quantization.scheme import EMBEDDING, OUTPUT
+from llama.quantization.scheme import EMBEDDING
 
 NAMES = ("fs_consolidated", "consolidated")
 # Llama 3 cuts the embedding along the vocabulary; the older ones, with small vocabularies, along the features.
@@ -36,10 +27,10 @@ LLAMA_3_VOCAB = 100_000
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tensors of a checkpoint are cut into files.
+    """The cut of a checkpoint's tensors into files.
 
     Args:
-        partition: who owns what.
+        partition: the shards' parts of every axis.
         embedding_dim: the dimension along which the embedding is cut: 1, its features, as Llama 1 and 2
             have it, or 0, its vocabulary, as Llama 3 has it.
     """
@@ -47,18 +38,26 @@ class Cut:
     partition: Partition
     embedding_dim: int
 
-    def parts(self, spec: Spec) -> list[tuple[slice, ...]]:
-        """The part of a tensor that each shard holds."""
-        n_shards = self.partition.world_size
+    def part(self, spec: Spec, shard: int) -> tuple[slice, ...]:
+        """The part of a tensor that a shard holds."""
         if spec.name != EMBEDDING or self.embedding_dim == 0:
-            return [spec.own(self.partition, shard) for shard in range(n_shards)]
-        rows = slice(0, spec.shape[0])
-        columns = weighted_ranges(spec.shape[1], self.partition.weights)
-        return [(rows, slice(run.start, run.stop)) for run in columns]
+            return spec.own(self.partition, shard)
+        columns = weighted_ranges(spec.shape[1], self.partition.weights)[shard]
+        return slice(0, spec.shape[0]), slice(columns.start, columns.stop)
+
+    def described(self) -> Mapping[str, Any]:
+        """For the manifest."""
+        runs = {
+            name: [[run.start, run.stop] for run in getattr(self.partition, name)]
+            for name in ("heads", "kv_heads", "ffn", "vocab")
+        }
+        return {"world_size": self.partition.world_size, "weights": self.partition.weights, **runs} | {
+            "embedding_cut": "features" if self.embedding_dim else "vocabulary"
+        }
 
 
 def plan_cut(checkpoint: Checkpoint, n_shards: int, tensor_split: str | None = None) -> Cut:
-    """How a checkpoint is cut into `n_shards` files.
+    """The cut of a checkpoint into `n_shards` files.
 
     Raises:
         PartitionError: when its heads forbid it, naming both numbers.
@@ -114,30 +113,18 @@ def split(
 def split_checkpoint(
     checkpoint: Checkpoint,
     n_shards: int,
-    output_dir: str | Path | None,
-    names: str,
-    tensor_split: str | None,
-    dtype: torch.dtype | None,
-    force: bool,
-    tokenizer_path: str | Path | None,
+    output_dir: str | Path | None = None,
+    names: str = "fs_consolidated",
+    tensor_split: str | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    tokenizer_path: str | Path | None = None,
 ) -> Path:
     """`split` of an open checkpoint, whose tensors may read as other than what is stored."""
-    source = checkpoint.path
     cut = plan_cut(checkpoint, n_shards, tensor_split)
-    target = Path(output_dir) if output_dir is not None else _default_target(source, n_shards)
-    check_target(target, source, force)
-    params = to_params(checkpoint.args, checkpoint.scheme)
-    checkpoint = with_output(checkpoint)
-    layouts = [_shard_layout(checkpoint, cut, shard, dtype) for shard in range(n_shards)]
-    check_space(target, sum(map(layout_bytes, layouts)))
-    with partial_folder(target) as folder:
-        files = [folder / f"{names}.{shard:02d}.pth" for shard in range(n_shards)]
-        digests = _write_shards(checkpoint, cut, files, layouts)
-        copy_tokenizer(source, folder, Path(tokenizer_path) if tokenizer_path is not None else None)
-        manifest.write(folder, describe_source(checkpoint), _describe_cut(cut), digests)
-        # Last, since nothing opens as a checkpoint without it.
-        (folder / "params.json").write_text(json.dumps(params) + "\n", encoding="utf-8")
-    return target
+    target = Path(output_dir) if output_dir is not None else _default_target(checkpoint.path, n_shards)
+    named = None if tokenizer_path is None else Path(tokenizer_path)
+    return save(checkpoint, target, partial(_shards, cut=cut, stem=names, dtype=dtype, tokenizer_path=named), force)
 
 
 def _default_target(source: Path, n_shards: int) -> Path:
@@ -145,103 +132,41 @@ def _default_target(source: Path, n_shards: int) -> Path:
     return source.with_name(f"{name}_fs{n_shards}")
 
 
-def with_output(checkpoint: Checkpoint) -> Checkpoint:
-    """Meta's files hold the output layer also where it is the embedding."""
-    if OUTPUT in checkpoint.tensors:
-        return checkpoint
-    copies = {
-        name: dataclasses.replace(checkpoint.tensors[name.replace("output", "tok_embeddings")], spec=spec)
-        for name, spec in specs(checkpoint.args, checkpoint.scheme).items()
-        if name.startswith("output.")
+def _shards(
+    checkpoint: Checkpoint, cut: Cut, stem: str, dtype: torch.dtype | None, tokenizer_path: Path | None
+) -> TargetLayout:
+    parameters = to_params(checkpoint.args, checkpoint.scheme)
+    stored = stored_twice(checkpoint)
+    files = {
+        f"{stem}.{shard:02d}.pth": [
+            Entry(spec.name, source, cut.part(spec, shard), kept_dtype(checkpoint, source, dtype))
+            for spec, source in stored
+        ]
+        for shard in range(cut.partition.world_size)
     }
-    return dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **copies})
+    return TargetLayout(
+        "splitting",
+        files,
+        cut.described(),
+        parameters,
+        "params.json",
+        lambda folder: copy_tokenizer(checkpoint.path, folder, tokenizer_path),
+    )
 
 
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+def stored_twice(checkpoint: Checkpoint) -> list[tuple[Spec, str]]:
+    """Every tensor of a file that holds a tied output layer twice, as Meta's and LLMs-from-scratch's do.
+
+    Returns:
+        In the files' order, each tensor with the name of the one whose rows it takes.
+    """
+    tensors, listed = checkpoint.tensors, specs(checkpoint.args, checkpoint.scheme)
+    missing = (spec for name, spec in listed.items() if name.startswith("output.") and name not in tensors)
+    stored = [*(tensor.spec for tensor in tensors.values()), *missing]
+    return [(spec, source_of(spec.name, tensors)) for spec in stored]
 
 
-def _shard_layout(checkpoint: Checkpoint, cut: Cut, shard: int, dtype: torch.dtype | None) -> Layout:
-    """Name, shape and dtype of every tensor of one shard."""
-    layout = {}
-    for name, tensor in checkpoint.tensors.items():
-        part = cut.parts(tensor.spec)[shard]
-        kept = tensor.spec.dtype or dtype or tensor.dtype
-        layout[name] = (tuple(run.stop - run.start for run in part), kept)
-    return layout
-
-
-def layout_bytes(layout: Layout) -> int:
-    """Bytes of the tensors of one file."""
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in layout.values())
-
-
-# -- tensors ---------------------------------------------------------------------------------------
-
-
-def _write_shards(
-    checkpoint: Checkpoint, cut: Cut, files: list[Path], layouts: list[Layout]
-) -> dict[str, dict[str, Any]]:
-    """Fill the shard files; every tensor's entry of the manifest, by file."""
-    total = sum(map(layout_bytes, layouts))
-    with ExitStack() as stack:
-        workers = stack.enter_context(ThreadPoolExecutor(4, thread_name_prefix="split"))
-        writers = []
-        for file, layout in zip(files, layouts, strict=True):
-            writers.append(PthWriter(file, layout, workers))
-            stack.callback(writers[-1].close)
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="splitting"))
-        for tensor in checkpoint.tensors.values():
-            _deal_out(tensor, cut.parts(tensor.spec), writers, layouts[0][tensor.spec.name][1], bar)
-        digests = [writer.finish() for writer in writers]
-    return {
-        file.name: {name: manifest.describe(*layout[name], sha256) for name, sha256 in digest.items()}
-        for file, layout, digest in zip(files, layouts, digests, strict=True)
-    }
-
-
-def _deal_out(
-    tensor: SourceTensor, parts: list[tuple[slice, ...]], writers: list[PthWriter], dtype: torch.dtype, bar: tqdm[Any]
-) -> None:
-    """Write one tensor's rows to the shards that own them, reading ahead by one chunk."""
-    name, under_way = tensor.spec.name, list[Future[Any]]()
-    for first, rows in row_chunks(tensor, dtype):
-        wait(under_way)
-        under_way = []
-        for part, writer in zip(parts, writers, strict=True):
-            own = rows[_overlap(part, first, len(rows))]
-            if own.numel():
-                under_way += writer.append(name, own)
-                bar.update(own.nbytes)
-    wait(under_way)
-
-
-def wait(under_way: list[Future[Any]]) -> None:
-    """Wait for what a writer has under way; its errors are raised here."""
-    for future in under_way:
-        future.result()
-
-
-def _overlap(part: tuple[slice, ...], first: int, n_rows: int) -> tuple[slice, ...]:
-    """What a chunk of rows shares with a shard's part, as an index into the chunk."""
-    start, stop = (min(max(edge - first, 0), n_rows) for edge in (part[0].start, part[0].stop))
-    return slice(start, stop), *part[1:]
-
-
-# -- the manifest's own words ----------------------------------------------------------------------
-
-
-def describe_source(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint was made from, for its manifest."""
-    files = {"name": checkpoint.path.resolve().name, "format": checkpoint.format, "n_files": checkpoint.n_shards}
-    return files if checkpoint.adapter is None else {**files, "adapter": checkpoint.adapter}
-
-
-def _describe_cut(cut: Cut) -> Mapping[str, Any]:
-    runs = {
-        field.name: [[run.start, run.stop] for run in getattr(cut.partition, field.name)]
-        for field in dataclasses.fields(cut.partition)
-        if field.name in ("heads", "kv_heads", "ffn", "vocab")
-    }
-    return {"world_size": cut.partition.world_size, "weights": cut.partition.weights, **runs} | {
-        "embedding_cut": "features" if cut.embedding_dim else "vocabulary"
-    }
+def kept_dtype(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor is written in, where `dtype` is asked for: integers and their scales keep their own."""
+    tensor = checkpoint.tensors[name]
+    return tensor.spec.dtype or dtype or tensor.dtype

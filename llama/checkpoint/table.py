@@ -2,6 +2,8 @@
 
 Axes are named by what runs along them. `vocab`, `q`, `kv` and `ffn` are the ones that a `Partition`
 cuts; `dim` and `head` are never cut by us (Meta's Llama 1 and 2 files cut the embedding along `dim`).
+Readers, writers, quantizers and plans ask the table, and sizes are sums over its rows: a tensor that another family
+has besides is a row here, a field of `ModelArgs` that its row asks for, and its use in the model.
 
 Of a matrix that is quantized two tensors are stored, the integers under its own name and their scales beside them;
 see `llama.kernels.formats`.
@@ -10,7 +12,8 @@ see `llama.kernels.formats`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +28,10 @@ CUT_AXES = frozenset({"vocab", "q", "kv", "ffn"})
 WEIGHT, SCALES = ".weight", ".scales"
 
 
+def _always(args: ModelArgs) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of the table; `{}` in a name stands for the layer.
@@ -37,6 +44,7 @@ class Row:
         permuted: whether Hugging Face stores the rows of each head with the two halves of every
             RoPE pair apart ("rotate half"), where Meta has them side by side. LLMs-from-scratch does too.
         scratch: the name in rasbt/LLMs-from-scratch (pkg/llms_from_scratch/llama3.py).
+        exists: whether a model of some geometry has the tensor.
     """
 
     meta: str
@@ -45,6 +53,12 @@ class Row:
     axes: tuple[str, ...]
     permuted: bool
     scratch: str
+    exists: Callable[[ModelArgs], bool] = _always
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies activations, and may be held as integers."""
+        return len(self.axes) == 2
 
 
 TOP = (
@@ -172,7 +186,7 @@ def integers_and_scales(spec: Spec, form: Form) -> tuple[Spec, Spec]:
 
 
 def specs(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Spec]:
-    """Every tensor of the model by Meta's name; a tied output layer is listed too.
+    """Return every tensor of the model by Meta's name; a tied output layer is listed too.
 
     Args:
         args: the geometry.
@@ -182,42 +196,74 @@ def specs(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Spec]:
         QuantizationError: when groups do not divide a matrix's rows.
     """
     listed = {}
-    for spec in _matrices_and_vectors(args):
-        form = None if scheme is None else scheme.form(spec.name, args)
+    for row, spec in _rows(args):
+        form = scheme.form(spec.name, args) if scheme is not None and row.is_matrix else None
         for part in (spec,) if form is None else integers_and_scales(spec, form):
             listed[part.name] = part
     return listed
 
 
-def _matrices_and_vectors(args: ModelArgs) -> Iterator[Spec]:
+def _rows(args: ModelArgs) -> Iterator[tuple[Row, Spec]]:
+    """Yield every line that the geometry has, with its tensor of each layer."""
     sizes = {
         "vocab": args.vocab_size,
         "dim": args.dim,
         "q": args.n_heads * args.head_dim,
         "kv": args.n_kv_heads * args.head_dim,
         "ffn": args.ffn_dim,
+        "head": args.head_dim,
     }
-    for row, layer in _rows(args.n_layers):
-        yield Spec(
-            row.meta.format(layer),
-            row.hf.format(layer),
-            row.gguf.format(layer),
-            tuple(sizes[axis] for axis in row.axes),
-            row.axes,
-            row.permuted,
-            row.scratch.format(layer),
-        )
-
-
-def _rows(n_layers: int) -> Iterator[tuple[Row, int]]:
-    """Every line of the table with its layer; those of no layer with 0, which their names do not take."""
-    for row in TOP:
-        yield row, 0
-    for layer in range(n_layers):
-        for row in BLOCK:
-            yield row, layer
+    outside = ((row, 0) for row in TOP)  # their names take no layer
+    inside = ((row, layer) for layer in range(args.n_layers) for row in BLOCK)
+    for row, layer in (*outside, *inside):
+        if row.exists(args):
+            names = (row.meta.format(layer), row.hf.format(layer), row.gguf.format(layer))
+            shape = tuple(sizes[axis] for axis in row.axes)
+            yield row, Spec(*names, shape, row.axes, row.permuted, row.scratch.format(layer))
 
 
 def is_ignored(name: str) -> bool:
     """Whether a stored tensor is one that may be left unread."""
     return name.endswith(IGNORED) or name in IGNORED_WHOLE
+
+
+# -- sizes -----------------------------------------------------------------------------------------
+
+
+def parts(args: ModelArgs, scheme: Scheme | None = None) -> tuple[list[Spec], list[Spec]]:
+    """Return the tensors of one layer, and those outside the layers that take memory: a tied output layer does not."""
+    listed = specs(dataclasses.replace(args, n_layers=1), scheme).values()
+    layer = [spec for spec in listed if spec.name.startswith("layers.")]
+    outside = [spec for spec in listed if not spec.name.startswith("layers.")]
+    return layer, [spec for spec in outside if not (args.tied and spec.name.startswith("output."))]
+
+
+def n_unique_params(args: ModelArgs) -> int:
+    """Return the parameters that are held in memory: a tied output layer is not counted again."""
+    layer, outside = parts(args)
+    return args.n_layers * _count(layer) + _count(outside)
+
+
+def n_params(args: ModelArgs) -> int:
+    """Return the parameters of a checkpoint's files: embedding and output layer are both counted."""
+    return n_unique_params(dataclasses.replace(args, tied=False))
+
+
+def layer_params(args: ModelArgs) -> int:
+    """Return the parameters of one transformer block."""
+    return _count(parts(args)[0])
+
+
+def rank_params(partition: Partition, rank: int) -> int:
+    """Return the parameters that `rank` holds; a tied output layer is not counted again."""
+    layer, outside = ([own_size(spec, partition, rank) for spec in group] for group in parts(partition.args))
+    return partition.args.n_layers * sum(layer) + sum(outside)
+
+
+def own_size(spec: Spec, partition: Partition, rank: int) -> int:
+    """Return the entries of a tensor that `rank` holds."""
+    return math.prod(run.stop - run.start for run in spec.own(partition, rank))
+
+
+def _count(listed: list[Spec]) -> int:
+    return sum(math.prod(spec.shape) for spec in listed)

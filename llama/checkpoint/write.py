@@ -34,7 +34,7 @@ DESCRIPTOR_SIGNATURE = b"PK\x07\x08"  # APPNOTE.TXT 4.3.9: signature, CRC, sizes
 
 @dataclass
 class _Progress:
-    """How much of one tensor is written, and its checksums so far."""
+    """The part of one tensor that is written, and its checksums so far."""
 
     offset: int
     nbytes: int
@@ -46,7 +46,7 @@ class _Progress:
         self.crc = zlib.crc32(data, self.crc)
 
 
-Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+Contents = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Writer:
@@ -58,7 +58,7 @@ class Writer:
         workers: threads that write and take checksums; none of these holds the interpreter's lock.
     """
 
-    def __init__(self, path: Path, tensors: Layout, workers: Executor) -> None:
+    def __init__(self, path: Path, tensors: Contents, workers: Executor) -> None:
         self.path = path
         self._workers = workers
         self._lay_out(tensors)
@@ -68,7 +68,7 @@ class Writer:
         }
         self._descriptor = os.open(path, os.O_RDWR)
 
-    def _lay_out(self, tensors: Layout) -> None:
+    def _lay_out(self, tensors: Contents) -> None:
         """Write the file, its tensors' bytes left out but for their room."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Writer:
         ]
 
     def _checksums(self, progress: _Progress) -> list[Callable[[memoryview], object]]:
-        """What takes in every byte of a tensor."""
+        """The functions that take in every byte of a tensor."""
         return [progress.sha256.update]
 
     def finish(self) -> dict[str, str]:
@@ -102,7 +102,7 @@ class Writer:
         return {name: progress.sha256.hexdigest() for name, progress in self._tensors.items()}
 
     def _seal(self) -> None:
-        """Write what only the whole content decides."""
+        """Write the fields that depend on the whole content."""
 
     def close(self) -> None:
         """Close the file, finished or not."""
@@ -114,7 +114,7 @@ class Writer:
 class PthWriter(Writer):
     """See `Writer`; the file is the one that torch.save would have written."""
 
-    def _lay_out(self, tensors: Layout) -> None:
+    def _lay_out(self, tensors: Contents) -> None:
         # Pages of an untouched torch.empty are never backed by memory.
         with skip_data():
             torch.save({name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}, self.path)
@@ -130,7 +130,7 @@ class PthWriter(Writer):
 class SafetensorsWriter(Writer):
     """See `Writer`; the format is https://huggingface.co/docs/safetensors: length of the header, header, data."""
 
-    def _lay_out(self, tensors: Layout) -> None:
+    def _lay_out(self, tensors: Contents) -> None:
         # transformers asks for the format that the tensors were saved from.
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from llama.chat import chat_format
 from llama.checkpoint.folders import check_space, partial_file
-from llama.checkpoint.load import settle_tie
-from llama.checkpoint.source import Checkpoint, SourceTensor
+from llama.checkpoint.rows import SourceTensor, row_chunks
+from llama.checkpoint.source import Checkpoint
+from llama.checkpoint.split import LLAMA_3_VOCAB
 from llama.checkpoint.table import Spec
 from llama.config import ModelArgs, read_json
 from llama.env import is_speaker, notice
@@ -34,11 +35,9 @@ from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 # Quantized values share a scale in blocks of so many neighbours of a row.
 BLOCK = 32
-CHUNK_BYTES = 32 << 20
 # llama.cpp's names for ways to cut text into words.
 PATTERNS = {"llama3": "llama-bpe", "gpt2": "gpt-2"}
 FAMILIES = {"spm": "llama", "bpe": "gpt2"}
-LLAMA_3_VOCAB = 100_000
 
 
 def export_gguf(
@@ -75,7 +74,7 @@ def export_gguf(
     _check_target(target, type_name, force)
     texts = templates.templates(chat_format("auto", tokenizer).name if chat == "auto" else chat)
     checkpoint.require_numbers("a GGUF file")
-    args = settle_tie(checkpoint)
+    args = checkpoint.held_args()
     vocabulary = _padded(tokenizer.vocabulary(), args.vocab_size)
     opening = ""
     if prompt is not None:
@@ -223,7 +222,7 @@ _DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16}
 def _write_tensor(plan: _Planned, file: BinaryIO, bar: tqdm[Any]) -> None:
     """Convert one tensor, some rows at a time."""
     dtype = _DTYPES.get(plan.type_name, torch.float32)
-    for rows in _row_chunks(plan.tensor, dtype):
+    for _, rows in row_chunks(plan.tensor, dtype):
         if not torch.isfinite(rows).all():
             raise CheckpointError(
                 f"{plan.spec.name} has values that {str(dtype).removeprefix('torch.')} cannot hold: "
@@ -232,18 +231,6 @@ def _write_tensor(plan: _Planned, file: BinaryIO, bar: tqdm[Any]) -> None:
         data = _encode(rows, plan.type_name)
         file.write(data)
         bar.update(len(data))
-
-
-def _row_chunks(tensor: SourceTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor's rows in order, at full width, in Meta's order; whole heads at a time where they are permuted."""
-    shape, unit = tensor.spec.shape, max(1, tensor.head_rows)
-    row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
-    step = max(1, CHUNK_BYTES // (row_bytes * unit)) * unit
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
-        rows = torch.empty(last - first, *shape[1:], dtype=dtype)
-        tensor.read_into((slice(first, last), *(slice(0, size) for size in shape[1:])), rows)
-        yield rows
 
 
 def _encode(rows: Tensor, type_name: str) -> bytes:

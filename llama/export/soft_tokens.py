@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoint.files import Index
-from llama.checkpoint.source import Checkpoint, SourceTensor
+from llama.checkpoint.rows import SourceTensor
+from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import specs
 from llama.errors import AdapterError, TokenizerError
 from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, spell

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.model import Transformer
-from llama.parallel.vocab import MAX_LOSS_LOGITS, exponentials_, logits_of
+from llama.parallel.vocab import exponentials_, logits_of, loss_rows
 
 
 def cross_entropy(model: Transformer, hidden: Tensor, targets: Tensor, weights: Tensor, factor: float) -> Tensor:
@@ -37,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, model: Transformer, targets: Tensor, weights: Tensor, factor: float
     ) -> Tensor:
-        rows = max(1, MAX_LOSS_LOGITS // len(model.partition.vocab[model.ranks.rank]))
+        rows = loss_rows(model.partition.vocab)
         pieces = zip(hidden.split(rows), targets.split(rows), weights.split(rows), strict=True)
         losses, gradients = zip(
             *(_piece(model, *piece, factor, ctx.needs_input_grad[0]) for piece in pieces), strict=True

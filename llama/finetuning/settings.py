@@ -22,7 +22,38 @@ FREE_ON_RESUME = ("save_steps", "save_total_limit", "activation_checkpointing", 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """A run's settings; the names are those of the flags of `ft_main.py`, which explains them.
+    """Settings of a training run.
+
+    Args:
+        method: prompt (a soft prompt before the text) or lora.
+        trainer: native, or hf to have transformers' Trainer drive the same model and data.
+        template: how a record becomes a text: alpaca, llama2, llama3 or plain.
+        num_virtual_tokens: length of the soft prompt.
+        init: text, or random to start from random tokens of the vocabulary.
+        init_text: the text that the soft prompt starts from; by default Alpaca's opening words.
+        lora_r: rank of the updates.
+        lora_alpha: their scale; it is divided by the rank.
+        lora_dropout: part of a linear's inputs left out of its update in training.
+        lora_targets: linears that are updated, by Meta's or Hugging Face's names, or all.
+        use_rslora: divide alpha by the rank's square root.
+        batch_size: examples of a batch, over all copies of the model.
+        gradient_accumulation_steps: batches of one optimiser step.
+        num_epochs: passes over the data.
+        max_steps: optimiser steps, in place of num_epochs.
+        lr: peak learning rate; by default 0.0003 for lora, and 0.1 for the bundled run.
+        lr_scheduler: constant, linear or cosine, after the warm-up.
+        warmup_steps: optimiser steps until the peak.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are shortened to this.
+        max_seq_len: tokens of an example; longer ones lose their end.
+        train_on_prompt: learn the instruction too, not only the answer.
+        eval_fraction: part of the records set aside for evaluation.
+        eval_steps: optimiser steps between evaluations.
+        save_steps: optimiser steps between checkpoints.
+        save_total_limit: checkpoints that are kept.
+        seed: of the start, the order of the data and dropout.
+        activation_checkpointing: compute activations again instead of keeping them.
+        compile: compile the parts of the blocks that it pays for.
 
     Raises:
         UsageError: for a value that cannot be, naming the flag.

@@ -1,9 +1,9 @@
-"""What `example.py` and `example_ft.py` do: run what is asked, show what came."""
+"""Tasks of `example.py` and `example_ft.py` on a model: each is run, shown and written down."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,12 @@ from llama.data.records import Record
 from llama.data.templates import find_template
 from llama.env import is_speaker, notice
 from llama.errors import LlamaError
+from llama.generation.engine import EngineOptions
 from llama.generation.llama import Completion, Llama, StreamedToken
-from llama.generation.tasks import Settings, Tasks
+from llama.generation.sampling import Sampling
+from llama.generation.tasks import Output, Tasks, expected_work
 from llama.parallel import groups
+from llama.runtime import RunOptions
 
 RULE = "\n==================================\n"
 
@@ -36,58 +39,141 @@ class Query:
     source: Mapping[str, str]
 
 
-def perform(llama: Llama, tasks: Tasks, settings: Settings, streaming: bool) -> None:
-    """Run the tasks, print results on rank 0 and the summary after them, write one record a result."""
-    records: list[dict[str, Any]] = []
-    if tasks.interactive:
-        records = interact(llama, _reader(llama, tasks), settings)
-    elif tasks.dialogs:
-        records = (stream_chat if streaming else chat)(llama, tasks.dialogs, settings)
-    else:
-        queries = list(map(_reader(llama, tasks), tasks.prompts))
-        records = (stream if streaming else complete)(llama, queries, settings)
+def run_tasks(
+    tasks: Tasks, sampling: Sampling, output: Output, engine: EngineOptions, ckpt_dir: str,
+    tokenizer_path: str | None, options: RunOptions, **settings: Any,
+) -> None:  # fmt: skip
+    """Load a model, run the tasks, print results on rank 0 and the summary after them, write one record a result.
+
+    Args:
+        tasks: texts or dialogs.
+        sampling: choice of tokens.
+        output: length and display.
+        engine, ckpt_dir, tokenizer_path, options, settings: as in `Llama.open`.
+    """
+    llama = Llama.open(
+        ckpt_dir, tokenizer_path, engine, options, seed=sampling.seed, expected=expected_work(tasks, output, engine),
+        **settings,
+    )  # fmt: skip
+    runner = _Runner(llama, tasks, output, output.options(sampling))
+    records = runner.run()
     notice(llama.summary())
-    write_json(tasks.output_json, records)
+    write_json(output.output_json, records)
 
 
-def _reader(llama: Llama, tasks: Tasks) -> Callable[[str], Query]:
-    """How a text that a person gives becomes what the model reads: as it is, or as an instruction in a template."""
-    if tasks.template is None:
-        return lambda text: Query(text, text, {"prompt": text})
-    template = find_template(tasks.template, llama.tokenizer)
+@dataclass(frozen=True)
+class _Runner:
+    """Tasks on a model.
 
-    def instruct(text: str) -> Query:
+    Args:
+        llama: loaded.
+        tasks, output: as asked for.
+        options: keyword arguments of the methods of `Llama`.
+    """
+
+    llama: Llama
+    tasks: Tasks
+    output: Output
+    options: dict[str, Any]
+
+    def run(self) -> list[dict[str, Any]]:
+        """Run and print everything; return a record a result."""
+        if self.output.interactive:
+            return self.interact()
+        if self.tasks.dialogs:
+            return self.stream_chat() if self.output.stream else self.chat()
+        queries = [self.query(text) for text in self.tasks.prompts]
+        return self.stream(queries) if self.output.stream else self.complete(queries)
+
+    def query(self, text: str) -> Query:
+        """Return what the model reads for a text: the text as it is, or as an instruction in a template."""
+        tasks = self.tasks
+        if tasks.template is None:
+            return Query(text, text, {"prompt": text})
+        template = find_template(tasks.template, self.llama.tokenizer)
         prompt = template.encode_prompt(Record(text, tasks.input, ""))
         shown = f"{text}\n{tasks.input}" if tasks.input else text
         return Query(prompt, shown, {"instruction": text, "input": tasks.input})
 
-    return instruct
+    def complete(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
+        """Run the queries as one call and print each with its completion."""
+        completions = self.llama.collect([q.prompt for q in queries], echo=self.tasks.echo, **self.options)
+        for query, completion in zip(queries, completions, strict=True):
+            _say(f"{query.shown}\n> {completion.text}\n{self.details(completion)}{RULE}")
+        return [self.record(query.source, c) for query, c in zip(queries, completions, strict=True)]
 
+    def stream(self, queries: Sequence[Query]) -> list[dict[str, Any]]:
+        """Run the queries one after another and print each token as it comes."""
+        records = []
+        for number, query in enumerate(queries):
+            _say(f"{query.shown}\n> ", end="")
+            completion = self.show_stream(query, number)
+            _say(f"\n{self.details(completion)}{RULE}")
+            records.append(self.record(query.source, completion))
+        return records
 
-def complete(llama: Llama, queries: Sequence[Query], settings: Settings) -> list[dict[str, Any]]:
-    """Run the queries as one call and print each with its completion."""
-    completions = llama.collect([query.prompt for query in queries], echo=settings.echo, **settings.options())
-    for query, completion in zip(queries, completions, strict=True):
-        _say(f"{query.shown}\n> {completion.text}\n{_details(completion, settings)}{RULE}")
-    return [_record(llama, query.source, c) for query, c in zip(queries, completions, strict=True)]
+    def show_stream(self, query: Query, number: int) -> Completion:
+        """Print the tokens of a query as they come."""
+        return _show(self.llama.stream([query.prompt], echo=self.tasks.echo, first_index=number, **self.options))
 
+    def chat(self) -> list[dict[str, Any]]:
+        """Answer the dialogs as one call and print each with its answer."""
+        dialogs = self.tasks.dialogs
+        answers = self.llama.answer(dialogs, **self.options)
+        for dialog, answer in zip(dialogs, answers, strict=True):
+            _show_dialog(dialog)
+            _say(f"> Assistant: {answer.text}\n{self.details(answer)}{RULE}")
+        return [self.record({"dialog": d}, a) for d, a in zip(dialogs, answers, strict=True)]
 
-def stream(llama: Llama, queries: Sequence[Query], settings: Settings) -> list[dict[str, Any]]:
-    """Run the queries one after another and print each token as it comes."""
-    records = []
-    for number, query in enumerate(queries):
-        _say(f"{query.shown}\n> ", end="")
-        completion = _show_stream(llama, query, number, settings)
-        _say(f"\n{_details(completion, settings)}{RULE}")
-        records.append(_record(llama, query.source, completion))
-    return records
+    def stream_chat(self) -> list[dict[str, Any]]:
+        """Answer the dialogs one after another and print each token as it comes."""
+        for number, dialog in enumerate(self.tasks.dialogs):
+            self.llama.format.encode(dialog, number)  # raises before anything is shown
+        records = []
+        for number, dialog in enumerate(self.tasks.dialogs):
+            _show_dialog(dialog)
+            _say("> Assistant: ", end="")
+            answer = _show(self.llama.stream_answer(dialog, first_index=number, **self.options))
+            _say(f"\n{self.details(answer)}{RULE}")
+            records.append(self.record({"dialog": dialog}, answer))
+        return records
 
+    def interact(self) -> list[dict[str, Any]]:
+        """Read prompts from the keyboard until the end of the input, or "exit"; ranks wait as long as it takes."""
+        notice('type a prompt and press Enter; "exit" or Ctrl-D ends')
+        records: list[dict[str, Any]] = []
+        while (prompt := groups.broadcast_object(_ask() if is_speaker() else None)) is not None:
+            try:
+                query = self.query(prompt)
+                completion = self.show_stream(query, len(records))
+            except LlamaError as error:  # such as a prompt that is too long: ask again
+                notice(f"error: {error}")
+                continue
+            _say("")
+            records.append(self.record(query.source, completion))
+        return records
 
-def _show_stream(llama: Llama, query: Query, number: int, settings: Settings) -> Completion:
-    return _show(llama.stream([query.prompt], echo=settings.echo, first_index=number, **settings.options()))
+    def record(self, source: Mapping[str, Any], completion: Completion) -> dict[str, Any]:
+        """Return one entry of `--output_json`."""
+        return {
+            **source,
+            "generation": completion.text,
+            "token_ids": completion.tokens,
+            "tokens": [self.llama.tokenizer.token_text(token) for token in completion.tokens],
+            "logprobs": completion.logprobs,
+            "finish_reason": completion.finish_reason,
+        }
+
+    def details(self, completion: Completion) -> str:
+        """Return the line that `--logprobs` adds."""
+        if not self.output.has_logprobs or not completion.logprobs:
+            return ""
+        mean = sum(completion.logprobs) / len(completion.logprobs)
+        return f"({len(completion.tokens)} tokens, mean log-probability {mean:.4f} nats, {completion.finish_reason})\n"
 
 
 def _show(items: Iterable[StreamedToken]) -> Completion:
+    """Print tokens as they come."""
     completion = Completion()
     for item in items:
         completion.add(item)
@@ -95,52 +181,13 @@ def _show(items: Iterable[StreamedToken]) -> Completion:
     return completion
 
 
-def chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[dict[str, Any]]:
-    """Answer the dialogs as one call and print each with its answer."""
-    answers = llama.answer(dialogs, **settings.options())
-    for dialog, answer in zip(dialogs, answers, strict=True):
-        _show_dialog(dialog)
-        _say(f"> Assistant: {answer.text}\n{_details(answer, settings)}{RULE}")
-    return [_record(llama, {"dialog": d}, a) for d, a in zip(dialogs, answers, strict=True)]
-
-
-def stream_chat(llama: Llama, dialogs: Sequence[Dialog], settings: Settings) -> list[dict[str, Any]]:
-    """Answer the dialogs one after another and print each token as it comes."""
-    for number, dialog in enumerate(dialogs):
-        llama.format.encode(dialog, number)  # raises before anything is shown
-    records = []
-    for number, dialog in enumerate(dialogs):
-        _show_dialog(dialog)
-        _say("> Assistant: ", end="")
-        answer = _show(llama.stream_answer(dialog, first_index=number, **settings.options()))
-        _say(f"\n{_details(answer, settings)}{RULE}")
-        records.append(_record(llama, {"dialog": dialog}, answer))
-    return records
-
-
 def _show_dialog(dialog: Dialog) -> None:
     for message in dialog:
         _say(f"{message['role'].capitalize()}: {message['content']}\n")
 
 
-def interact(llama: Llama, read: Callable[[str], Query], settings: Settings) -> list[dict[str, Any]]:
-    """Read prompts from the keyboard until the end of the input, or "exit"; ranks wait as long as it takes."""
-    notice('type a prompt and press Enter; "exit" or Ctrl-D ends')
-    records: list[dict[str, Any]] = []
-    while (prompt := groups.broadcast_object(_ask() if is_speaker() else None)) is not None:
-        try:
-            query = read(prompt)
-            completion = _show_stream(llama, query, len(records), settings)
-        except LlamaError as error:  # such as a prompt that is too long: ask again
-            notice(f"error: {error}")
-            continue
-        _say("")
-        records.append(_record(llama, query.source, completion))
-    return records
-
-
 def _ask() -> str | None:
-    """The next line that is not blank; None at the end of the input."""
+    """Return the next line that is not blank; None at the end of the input."""
     while True:
         try:
             line = input("> ")
@@ -153,26 +200,6 @@ def _ask() -> str | None:
             return None
         if line.strip():
             return line
-
-
-def _record(llama: Llama, source: Mapping[str, Any], completion: Completion) -> dict[str, Any]:
-    """One entry of `--output_json`."""
-    return {
-        **source,
-        "generation": completion.text,
-        "token_ids": completion.tokens,
-        "tokens": [llama.tokenizer.token_text(token) for token in completion.tokens],
-        "logprobs": completion.logprobs,
-        "finish_reason": completion.finish_reason,
-    }
-
-
-def _details(completion: Completion, settings: Settings) -> str:
-    """The line that `--logprobs` adds."""
-    if not settings.logprobs or not completion.logprobs:
-        return ""
-    mean = sum(completion.logprobs) / len(completion.logprobs)
-    return f"({len(completion.tokens)} tokens, mean log-probability {mean:.4f} nats, {completion.finish_reason})\n"
 
 
 def write_json(path: str | None, records: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:

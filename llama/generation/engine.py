@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from llama.cache import PREFILL_TOKENS, KVCache
+from llama.errors import LlamaError
 from llama.generation.sampling import Batch, Sampling, chosen, sample
-from llama.generation.steps import Compile, Steps
+from llama.generation.steps import Compile, Steps, choose_mode
 from llama.model import Transformer
 from llama.parallel.vocab import log_probs_of
 
@@ -112,6 +113,31 @@ class _Step:
         order = [places[id(row)] for row in rows]
         tokens = chosen(self.packed)[0].unsqueeze(1)
         return tokens if order == list(range(len(self.rows))) else tokens[order]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """Limits and compiling.
+
+    Args:
+        max_seq_len: tokens of prompt and completion together, at most.
+        max_batch_size: prompts that run at a time, at most.
+        compile: on, off, or auto for where it pays.
+
+    Raises:
+        LlamaError: for a limit that is no positive number, or another word for `compile`.
+    """
+
+    max_seq_len: int = 512
+    max_batch_size: int = 32
+    compile: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("max_seq_len", "max_batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise LlamaError(f"{name} must be a whole number above 0, is {value!r}")
+        choose_mode(self.compile)
 
 
 @dataclass

@@ -9,28 +9,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llama.adapters.adapter import Adapter, LoraAdapter, PromptAdapter
 from llama.adapters.lora import load_lora
-from llama.adapters.soft_prompt import describe_adapter, n_virtual_tokens, prefix_of, settle_adapter
+from llama.adapters.soft_prompt import describe_adapter, fitting_adapter, n_virtual_tokens, prefix_of
 from llama.cache import KVCache
 from llama.chat import REFUSAL, ChatFormat, Dialog
 from llama.chat import chat_format as choose_format
 from llama.device import peak_memory
 from llama.env import notice
 from llama.errors import LlamaError
-from llama.generation.engine import Engine, FinishReason, Request
+from llama.generation.engine import Engine, EngineOptions, FinishReason, Request
 from llama.generation.sampling import Sampling
-from llama.generation.steps import Compile, settle_mode
+from llama.generation.steps import choose_mode
 from llama.generation.stops import TextWatch
 from llama.model import Transformer
-from llama.offload import check_offload, offload_of
+from llama.offload import offload_of
 from llama.parallel import groups
-from llama.plan.advice import check_fit
 from llama.plan.inference import Workload
-from llama.quantization.scheme import Asked, Scheme
-from llama.runtime import open_model
+from llama.runtime import RunOptions, open_model
 from llama.tokenizer import Tokenizer
 
 Stop = str | int | Sequence[str | int] | None
@@ -97,115 +93,121 @@ class Llama:
     Args:
         model: this rank's shard.
         tokenizer: its tokenizer.
-        max_seq_len: tokens of prompt and generation together, at most.
-        max_batch_size: prompts that run at a time, at most.
+        options: limits and compiling.
         seed: of the sampling noise, unless a call brings its own.
-        chat: how dialogs become tokens; None for the format that the tokenizer shows.
-        prefix: what stands before every prompt; see `Engine`. It does not count for `max_seq_len`.
-        compile: see `Engine`.
+        chat: the format in which dialogs become tokens; None for the format that the tokenizer shows.
+        prefix: keys and values before every prompt; see `Engine`. They do not count for `max_seq_len`.
     """
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer,
+        options: EngineOptions,
         *,
-        max_seq_len: int = 512,
-        max_batch_size: int = 32,
         seed: int = 1,
         chat: ChatFormat | None = None,
         prefix: KVCache | None = None,
-        compile: Compile = "off",
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.max_seq_len, self.max_batch_size, self.seed = max_seq_len, max_batch_size, seed
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.max_seq_len, self.max_batch_size = options.max_seq_len, options.max_batch_size
         self.format = choose_format("auto", tokenizer) if chat is None else chat
-        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix, compile)
+        mode = choose_mode(options.compile, is_offloaded=offload_of(model) is not None)
+        self.engine = Engine(model, min(tokenizer.n_words, model.args.vocab_size), prefix, mode)
 
     @classmethod
     def build(
         cls,
         ckpt_dir: str | Path,
         tokenizer_path: str | Path | None = None,
-        max_seq_len: int = 512,
-        max_batch_size: int = 32,
+        max_seq_len: int = EngineOptions.max_seq_len,
+        max_batch_size: int = EngineOptions.max_batch_size,
         model_parallel_size: int | None = None,
         seed: int = 1,
-        dtype: str | torch.dtype = "auto",
-        device: str | torch.device = "auto",
-        tensor_split: str | Sequence[float] | None = None,
-        threads: int | None = None,
-        chat_format: str = "auto",
+        *,
+        compile: str = EngineOptions.compile,
         plan: bool | Workload = True,
+        chat_format: str = "auto",
         adapter: str | Path | Adapter | None = None,
-        quantize: Scheme | Asked | str | None = None,
-        offload_layers: int = 0,
-        compile: str = "auto",
+        **options: Any,
     ) -> Llama:
         """Load a checkpoint, this rank's shard of it, and its tokenizer.
 
         Args:
-            ckpt_dir: a folder in Meta's, the ancestor's or Hugging Face's layout, cut into any number
-                of files, or LLMs-from-scratch's single `.pth`.
+            ckpt_dir: a folder in Meta's or Hugging Face's layout, cut into any number of files, or
+                LLMs-from-scratch's single `.pth`.
             tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights,
                 then one folder up.
             max_seq_len: tokens of prompt and generation together, at most.
             max_batch_size: prompts that run at a time, at most. No memory is set aside for it.
             model_parallel_size: ranks that share the model; None for all that torchrun started.
             seed: of the sampling noise.
-            dtype: "auto", "fp32", "bf16" or "fp16"; see `llama.device.choose_dtype`.
-            device: "auto", "cpu", "cuda", "cuda:N" or "mps"; see `llama.device.choose_device`.
-            tensor_split: weights of the ranks, `"3,1"` or a sequence; None for equal shards.
-            threads: CPU threads of this rank; None shares the cores among the local ranks.
-            chat_format: "auto", "llama2", "llama3" or "alpaca".
+            compile: "on", "off", or "auto" for where it pays; see `llama.generation.steps.Steps`. "off" does without
+                the kernels of `llama.kernels` too.
             plan: whether to check first that the model fits into memory; a `Workload` says what is going to
                 be run, where that is less than `max_batch_size` and `max_seq_len` allow.
+            chat_format: "auto", "llama2", "llama3" or "alpaca".
             adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
                 `llama.adapters.files.read_adapter`. A soft prompt stands before BOS, runs once,
                 here, and does not count for `max_seq_len`.
-            quantize: "int8" or "int4" to hold the weights so, or a `Scheme` that says it in full; None for what the
-                checkpoint holds.
-            offload_layers: layers that stay in main memory and are streamed to the device; see `llama.offload`.
-            compile: "on", "off", or "auto" for where it pays; see `llama.generation.steps.Steps`. "off" does without
-                the kernels of `llama.kernels` too.
+            options: the fields of `RunOptions` (dtype, device, threads, tensor_split, offload_layers), and `quantize`:
+                "int8" or "int4", or a `Scheme` that says it in full; None for what the checkpoint holds.
+
+        Raises:
+            LlamaError: on every rank, with the words of the first rank that met one.
+        """
+        return cls.open(
+            ckpt_dir, tokenizer_path, EngineOptions(max_seq_len, max_batch_size, compile),
+            RunOptions.of(**options, no_plan=plan is False), model_parallel_size=model_parallel_size, seed=seed,
+            expected=plan if isinstance(plan, Workload) else None, chat_format=chat_format, adapter=adapter,
+        )  # fmt: skip
+
+    @classmethod
+    def open(
+        cls,
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None,
+        engine: EngineOptions,
+        options: RunOptions,
+        *,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        expected: Workload | None = None,
+        chat_format: str = "auto",
+        adapter: str | Path | Adapter | None = None,
+    ) -> Llama:
+        """Do what `build` does, with the options of commands.
+
+        Args:
+            ckpt_dir, tokenizer_path, model_parallel_size, seed, chat_format, adapter: as in `build`.
+            engine: limits and compiling.
+            options: device, precision and memory.
+            expected: what is going to be run; None where only the limits are known.
 
         Raises:
             LlamaError: on every rank, with the words of the first rank that met one.
         """
         started = time.perf_counter()
         with groups.phase("files"):
-            _check_counts(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            opened = open_model(
-                ckpt_dir, tokenizer_path, model_parallel_size, dtype, device, tensor_split, threads, quantize
-            )
-            tokenizer, args = opened.tokenizer, opened.checkpoint.args
-            check_offload(offload_layers, args.n_layers)
-            mode = settle_mode(compile, offload_layers)
-            chat = choose_format(chat_format, tokenizer)
-            adapter = settle_adapter(adapter, args)
+            opened = open_model(ckpt_dir, tokenizer_path, options, model_parallel_size)
+            args = opened.checkpoint.args
+            choose_mode(engine.compile, is_offloaded=options.offload_layers > 0)
+            chat = choose_format(chat_format, opened.tokenizer)
+            adapter = fitting_adapter(adapter, args)
         with groups.phase("plan"):
-            if plan is not False:
-                n_virtual = n_virtual_tokens(adapter)
-                limits = Workload(max_batch_size, max_seq_len, n_virtual)
-                expected = None if plan is True else dataclasses.replace(plan, prefix=n_virtual)
-                n_ranks = opened.partition.world_size
-                check_fit(
-                    args, opened.device, opened.dtype, n_ranks, tensor_split, limits, expected,
-                    scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
-                )  # fmt: skip
+            n_virtual = n_virtual_tokens(adapter)
+            limits = Workload(engine.max_batch_size, engine.max_seq_len, n_virtual)
+            opened.check_fit(limits, expected and dataclasses.replace(expected, prefix=n_virtual))
         ranks = groups.start(opened.device, model_parallel_size)
-        if compile != "off":
+        if engine.compile != "off":
             ranks = opened.prepare_kernels()
         with groups.phase("load"):
-            model = opened.load(ranks, offload_layers)
+            model = opened.load(ranks)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)
         # The ranks compute it together: only once each of them has its shard.
         prefix = prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
-        llama = cls(
-            model, tokenizer, max_seq_len=max_seq_len, max_batch_size=max_batch_size, seed=seed,
-            chat=chat, prefix=prefix, compile=mode,
-        )  # fmt: skip
+        llama = cls(model, opened.tokenizer, engine, seed=seed, chat=chat, prefix=prefix)
         notice(opened.describe(time.perf_counter() - started) + describe_adapter(adapter))
         return llama
 
@@ -454,12 +456,6 @@ def _rate(tokens: int, seconds: float) -> str:
 
 
 # -- arguments -------------------------------------------------------------------------------------
-
-
-def _check_counts(**values: Any) -> None:
-    for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise LlamaError(f"{name} must be a whole number above 0, is {value!r}")
 
 
 def _checked_list(values: Any) -> Any:

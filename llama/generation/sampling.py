@@ -28,13 +28,13 @@ NUCLEUS_CANDIDATES = (64, 1024)
 
 @dataclass(frozen=True)
 class Sampling:
-    """The parameters by which tokens are chosen.
+    """Choice of tokens.
 
     Args:
-        temperature: divisor of the logits; 0 is greedy.
-        top_p: keep the most probable tokens until their probabilities sum to `top_p` (arXiv:1904.09751).
-        top_k: keep the `top_k` most probable tokens, before `top_p`; None for all.
-        seed: of the noise.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the most probable tokens until their probabilities sum to this (arXiv:1904.09751).
+        top_k: keep this many tokens, before top_p.
+        seed: of the sampling; the same text at any number of ranks.
 
     Raises:
         LlamaError: for a value out of range, named.

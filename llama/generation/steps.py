@@ -32,15 +32,15 @@ SAVED_PER_LAYER = {"cpu": 0.0004, "cuda": 0.0004}
 ENTRY_STEP = 256
 
 
-def settle_mode(compile: str, offload_layers: int = 0) -> Compile:
-    """What is asked for, where it can be: layers that are streamed to the card are no part of a graph.
+def choose_mode(compile: str, is_offloaded: bool = False) -> Compile:
+    """Return the mode to run in: layers that are streamed to the card are no part of a graph.
 
     Raises:
         UsageError: for another word, or for "on" with offloaded layers.
     """
     if compile not in MODES:
         raise UsageError(f"compile {compile!r} is not one of {', '.join(MODES)}")
-    if not offload_layers:
+    if not is_offloaded:
         return cast(Compile, compile)
     if compile == "on":
         raise UsageError("--compile on and --offload_layers are given together: leave one out")
@@ -70,7 +70,7 @@ class Steps:
     """
 
     def __init__(self, model: Transformer, mode: Compile = "off") -> None:
-        self.model, self.mode = model, settle_mode(mode)
+        self.model, self.mode = model, choose_mode(mode)
         self.n_announced = 0
         self._decode: Callable[..., Tensor] = self._decode_step
         self._fill: Callable[..., Tensor] = self._fill_step

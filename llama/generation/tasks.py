@@ -12,6 +12,7 @@ from typing import Any
 from llama.chat import Dialog, alpaca_prompt
 from llama.data.templates import FORMATS
 from llama.errors import LlamaError, UsageError
+from llama.generation.engine import EngineOptions
 from llama.generation.sampling import Sampling
 from llama.plan.inference import Workload
 from llama.tokenizer.texts import read_text
@@ -50,94 +51,94 @@ INSTRUCTIONS = (
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How texts are generated: the arguments of `Llama.stream`, and how results are shown."""
+class Output:
+    """Length and display of what is generated.
 
-    temperature: float
-    top_p: float
-    top_k: int | None
-    max_gen_len: int | None
+    Args:
+        max_gen_len: new tokens a prompt, at most.
+        logprobs: show log-probabilities.
+        stream: print tokens as they come, one prompt or dialog after another.
+        interactive: read prompts from the keyboard.
+        output_json: write prompts, completions, tokens and log-probabilities to this file.
+
+    Raises:
+        LlamaError: for a length below 0.
+    """
+
+    max_gen_len: int | None = None
     logprobs: bool = False
-    echo: bool = False
+    stream: bool = False
+    interactive: bool = False
+    output_json: str | None = None
 
     def __post_init__(self) -> None:
-        Sampling(self.temperature, self.top_p, self.top_k)  # raises before anything is loaded
         if self.max_gen_len is not None and self.max_gen_len < 0:
             raise LlamaError(f"max_gen_len must be 0 or more, is {self.max_gen_len}")
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of the methods of `Llama`."""
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether log-probabilities are wanted, on the screen or in the file."""
+        return self.logprobs or self.output_json is not None
+
+    def options(self, sampling: Sampling) -> dict[str, Any]:
+        """Return keyword arguments for the methods of `Llama`."""
         return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
             "max_gen_len": self.max_gen_len,
-            "logprobs": self.logprobs,
+            "logprobs": self.has_logprobs,
         }
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """What is to be run: one of texts, dialogs, or whatever is typed.
+    """Texts or dialogs to run; none of either where texts are read from the keyboard.
 
     Args:
         prompts: texts.
         dialogs: in place of texts.
-        interactive: texts are read from the keyboard.
         template: one of `llama.data.templates.FORMATS`, into which texts are put as instructions.
         input: what the instructions are about.
-        output_json: file that the results are written to.
+        echo: whether a prompt is shown as part of its completion.
     """
 
     prompts: Sequence[str] = ()
     dialogs: Sequence[Dialog] = ()
-    interactive: bool = False
     template: str | None = None
     input: str = ""
-    output_json: str | None = None
+    echo: bool = False
 
 
 def read_tasks(
-    prompts: str | None,
-    prompt_file: str | None,
-    dialogs: str | None,
-    interactive: bool,
-    output_json: str | None,
-    ckpt_dir: str,
-    echo: bool = False,
+    prompts: str | None, prompt_file: str | None, dialogs: str | None, output: Output, ckpt_dir: str, echo: bool = False
 ) -> Tasks:
-    """What the flags ask for; built-in prompts when they ask for nothing.
+    """Return the texts or dialogs that the flags ask for; built-in prompts when they ask for nothing.
 
     Raises:
         LlamaError: when they ask for several things, or for something that cannot be read.
     """
     sources = {"--prompts": prompts, "--prompt_file": prompt_file, "--dialogs": dialogs}
-    given = [flag for flag, value in sources.items() if value is not None] + ["--interactive"] * interactive
+    given = [flag for flag, value in sources.items() if value is not None] + ["--interactive"] * output.interactive
     if len(given) > 1:
         raise LlamaError(f"{' and '.join(given)} are given together: choose one")
     if dialogs is not None:
         if echo:
             raise UsageError("--echo makes a prompt part of its completion, and a dialog has none: leave it out")
-        tasks = Tasks(dialogs=read_dialogs(dialogs), output_json=output_json)
-    elif interactive:
-        tasks = Tasks(interactive=True, output_json=output_json)
+        tasks = Tasks(dialogs=read_dialogs(dialogs))
+    elif output.interactive:
+        tasks = Tasks(echo=echo)
     else:
         builtin = TINY_PROMPTS if is_tiny(ckpt_dir) else PROMPTS
-        tasks = Tasks(read_texts(prompts, prompt_file, builtin, "--prompts"), output_json=output_json)
-    check_writable(output_json)
+        tasks = Tasks(read_texts(prompts, prompt_file, builtin, "--prompts"), echo=echo)
+    check_writable(output.output_json)
     return tasks
 
 
 def read_instructions(
-    instructions: str | None,
-    instruction_file: str | None,
-    input: str,
-    template: str,
-    interactive: bool,
-    output_json: str | None,
-    ckpt_dir: str,
+    instructions: str | None, instruction_file: str | None, input: str, template: str, output: Output, ckpt_dir: str
 ) -> Tasks:
-    """The instructions that the flags ask for; built-in ones when they ask for none.
+    """Return the instructions that the flags ask for; built-in ones when they ask for none.
 
     Raises:
         LlamaError: when they ask for several things, or for something that cannot be read.
@@ -147,26 +148,26 @@ def read_instructions(
     if instructions is not None and instruction_file is not None:
         raise LlamaError("--instructions and --instruction_file are given together: choose one")
     given = instructions is not None or instruction_file is not None
-    if interactive and given:
+    if output.interactive and given:
         raise LlamaError("--interactive reads instructions from the keyboard: leave the others out")
-    if input and not (given or interactive):
+    if input and not (given or output.interactive):
         raise LlamaError("--input is what an instruction is about: add --instructions")
     _check_unicode(input, "--input")
     builtin = TINY_INSTRUCTIONS if is_tiny(ckpt_dir) else INSTRUCTIONS
-    texts = [] if interactive else read_texts(instructions, instruction_file, builtin, "--instructions")
-    check_writable(output_json)
-    return Tasks(texts, (), interactive, template, input, output_json)
+    texts = [] if output.interactive else read_texts(instructions, instruction_file, builtin, "--instructions")
+    check_writable(output.output_json)
+    return Tasks(texts, template=template, input=input)
 
 
-def expected_work(tasks: Tasks, settings: Settings, streaming: bool, max_batch_size: int, max_seq_len: int) -> Workload:
-    """What the tasks are going to need at a time: at most the limits, often less."""
-    n_prompts = 1 if tasks.interactive or streaming else len(tasks.prompts or tasks.dialogs)
-    length = max_seq_len
-    if tasks.prompts and settings.max_gen_len is not None:
+def expected_work(tasks: Tasks, output: Output, limits: EngineOptions) -> Workload:
+    """Return the most that the tasks need at a time: the limits, often less."""
+    n_prompts = 1 if output.interactive or output.stream else len(tasks.prompts or tasks.dialogs)
+    length = limits.max_seq_len
+    if tasks.prompts and output.max_gen_len is not None:
         # A token is a byte at least; BOS and a leading space come on top.
         longest = max(len(_framed(prompt, tasks).encode()) for prompt in tasks.prompts) + 2
-        length = min(length, longest + settings.max_gen_len)
-    return Workload(max(1, min(n_prompts, max_batch_size)), max(1, length))
+        length = min(length, longest + output.max_gen_len)
+    return Workload(max(1, min(n_prompts, limits.max_batch_size)), max(1, length))
 
 
 def _framed(text: str, tasks: Tasks) -> str:

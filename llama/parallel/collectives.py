@@ -56,13 +56,13 @@ def all_gather(x: Tensor, ranks: Ranks) -> Tensor:
     return gathered
 
 
-def broadcast(x: Tensor, ranks: Ranks) -> Tensor:
-    """Return rank 0's `x`, of the same shape on every rank; not for compiled code, no gradient."""
+def broadcast(x: Tensor, ranks: Ranks, source: int = 0) -> Tensor:
+    """Return the `x` of rank `source`, of the same shape on every rank; not for compiled code, no gradient."""
     if ranks.world_size == 1:
         return x
     if ranks.segment is not None and shared.serves(x):
-        return shared.all_gather(x, ranks.segment, ranks.world_size)[0]
-    dist.broadcast(x, group=ranks.group, group_src=0)
+        return shared.all_gather(x, ranks.segment, ranks.world_size)[source]
+    dist.broadcast(x, group=ranks.group, group_src=source)
     return x
 
 

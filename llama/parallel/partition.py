@@ -152,14 +152,6 @@ class Partition:
     def _features(self, heads: range) -> range:
         return range(heads.start * self.args.head_dim, heads.stop * self.args.head_dim)
 
-    def rank_params(self, rank: int) -> int:
-        """Parameters that `rank` holds; a tied output layer is not counted again."""
-        args = self.args
-        attention = 2 * args.dim * (len(self.q_rows[rank]) + len(self.kv_rows[rank]))
-        layer = attention + 3 * args.dim * len(self.ffn[rank]) + 2 * args.dim
-        tables = (1 if args.tied else 2) * args.dim * len(self.vocab[rank])
-        return args.n_layers * layer + tables + args.dim
-
 
 def _cut_heads(args: ModelArgs, weights: Sequence[float]) -> tuple[tuple[range, ...], tuple[range, ...]]:
     """Query heads and the KV heads that serve them: whole groups a rank, or ranks inside one group."""

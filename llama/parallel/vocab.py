@@ -3,6 +3,8 @@
 Shape legend: V' this rank's part of the vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,17 @@ from llama.parallel.groups import Ranks
 
 # Logits that a rank holds at a time while a loss is computed piece by piece.
 MAX_LOSS_LOGITS = 8 << 20
+
+
+def loss_rows(cuts: Sequence[range]) -> int:
+    """Return the places whose loss is computed at a time, the same on every rank.
+
+    The largest part of the vocabulary decides: each piece is several collectives, in which all ranks must meet.
+
+    Args:
+        cuts: each rank's part of the vocabulary.
+    """
+    return max(1, MAX_LOSS_LOGITS // max(map(len, cuts)))
 
 
 def log_sum_exp(logits: Tensor, ranks: Ranks) -> Tensor:

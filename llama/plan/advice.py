@@ -18,6 +18,7 @@ import torch
 
 from llama import env
 from llama.checkpoint.load import cut_model
+from llama.checkpoint.table import rank_params
 from llama.config import ModelArgs
 from llama.env import is_speaker, notice
 from llama.errors import LlamaError, PartitionError, QuantizationError
@@ -83,10 +84,10 @@ class Planner:
         grouped = self.args.group_size > 1 and self.device != "cpu"
         fused = not (grouped and setting.dtype.itemsize >= 4)
         itemsize = setting.dtype.itemsize
-        # Generation with offloaded layers does without; see `llama.generation.steps.settle_mode`.
+        # Generation with offloaded layers does without; see `llama.generation.steps.choose_mode`.
         wanted = isinstance(setting.work, Training) or not setting.offload_layers
         serve = products.serve(setting.dtype, has_integers=setting.scheme is not None)
-        serve = serve and products.worth_building(partition.rank_params(0) * itemsize)
+        serve = serve and products.worth_building(rank_params(partition, 0) * itemsize)
         native = threads and wanted and serve and can_build()
         return Kernels(itemsize, threads, fused, bool(native))
 

@@ -7,14 +7,12 @@ or another size. Weights, cache and what is trained are exact; activations are t
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llama.checkpoint.table import specs
+from llama.checkpoint.table import Spec, own_size, parts
 from llama.offload import N_BUFFERS, piece_bytes
 from llama.parallel.partition import Partition
 from llama.plan.inference import Kernels, Workload, activation_bytes
@@ -136,13 +134,9 @@ def weight_bytes(
     partition: Partition, rank: int, dtype: torch.dtype, scheme: Scheme | None = None
 ) -> tuple[list[int], int]:
     """Of what `rank` holds: the bytes of each tensor of a layer, and of all that lies outside the layers."""
-    args = partition.args
-    layer, outside = [], 0
-    for spec in specs(dataclasses.replace(args, n_layers=1), scheme).values():
-        sizes = [run.stop - run.start for run in spec.own(partition, rank)]
-        nbytes = math.prod(sizes) * (spec.dtype or dtype).itemsize
-        if spec.name.startswith("layers."):
-            layer.append(nbytes)
-        elif not (args.tied and spec.name.startswith("output.")):
-            outside += nbytes
-    return layer, outside
+    layer, outside = parts(partition.args, scheme)
+
+    def nbytes(spec: Spec) -> int:
+        return own_size(spec, partition, rank) * (spec.dtype or dtype).itemsize
+
+    return list(map(nbytes, layer)), sum(map(nbytes, outside))

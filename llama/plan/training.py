@@ -19,7 +19,7 @@ from llama.kernels.formats import Form
 from llama.kernels.products import round_up
 from llama.offload import spread
 from llama.parallel.partition import Partition
-from llama.parallel.vocab import MAX_LOSS_LOGITS
+from llama.parallel.vocab import loss_rows
 from llama.plan.inference import FLOAT, INDEX, Kernels, Product, Workload
 from llama.quantization.scheme import OUTPUT, Scheme
 
@@ -153,6 +153,7 @@ class _Step:
         self.n_heads = len(partition.heads[rank])
         self.q, self.kv = len(partition.q_rows[rank]), len(partition.kv_rows[rank])
         self.ffn, self.vocab = len(partition.ffn[rank]), len(partition.vocab[rank])
+        self.loss_rows = loss_rows(partition.vocab)
         self.reduces = partition.world_size > 1
         self.stream, self.width = self._row(args.dim), self._row(self.ffn)  # [N, E] and [N, F]
         self.queries, self.keys = self._row(self.q), self._row(self.kv)  # [N, Q] and [N, K]
@@ -249,7 +250,7 @@ class _Step:
     def _at_the_end(self) -> int:
         """The loss of all places but the first of each example, and the backward of the last norm."""
         supervised = self.n_places * self.dim * self.itemsize  # [M, E]
-        rows = min(self.n_places, max(1, MAX_LOSS_LOGITS // self.vocab))
+        rows = min(self.n_places, self.loss_rows)
         # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
         logits = rows * self.vocab * (FLOAT + self.itemsize * self.narrow) + supervised
         logits += self._product(self.vocab, self.dim, rows, self.output_form)

@@ -63,12 +63,12 @@ class Scheme:
         )
 
     def form(self, name: str, args: ModelArgs) -> Form | None:
-        """Of a tensor by Meta's name; None where it is held as it is."""
+        """Return how a matrix is held, by Meta's name; None where it is held as numbers."""
         if name == OUTPUT or (name == EMBEDDING and args.tied):
             return self.output
         if name == EMBEDDING:
             return self.embedding
-        return None if "norm" in name else self.linears
+        return self.linears
 
     @property
     def block(self) -> int | None:

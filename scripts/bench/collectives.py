@@ -1,13 +1,13 @@
-"""What ranks send each other, counted from the running program, and when that pays.
+"""Counts of what ranks send each other in the running program, and reckoned costs: when several ranks pay.
 
     python scripts/bench/collectives.py --quick                               # a toy model, under a minute
     python scripts/bench/collectives.py --output_json collectives.json --chart collectives.png
     python scripts/bench/collectives.py --bandwidth 2000 --tflops 250 --links "my switch=20us@50"
 
-The engine runs on one rank of several over a process group that counts every call (`lone_rank.py`). A decode step is
+The engine runs on one rank of several over a process group that counts every call (`counters.py`). A decode step is
 what one more token adds to a run. The program should ask for two all-reduces a layer, one for the embedding, and an
-all-gather of candidates and a broadcast of the choice for the sampler, and for nothing else. What that costs is
-reckoned from figures of links and cards (`links.py`), not measured.
+all-gather of candidates and a broadcast of the choice for the sampler, and for nothing else. The cost of these calls
+is reckoned from nominal figures of links and cards (`limits.py`), not measured.
 
 The JSON file is one object:
 
@@ -17,7 +17,7 @@ The JSON file is one object:
                     (bytes/s), flops (operations/s), and links: name to {latency (s), bandwidth (bytes/s each way)}
     runs            a list of one entry for "decode" or "prefill" (stage), batch_size and world_size:
                     calls (a list of kind, bytes of the result, count), count, bytes (their sum), expected (whether they
-                    are what is said above), compute_seconds (of a rank), links: name to {seconds (of all
+                    are those named above), compute_seconds (of a rank), links: name to {seconds (of all
                     collectives), tokens_per_second, speedup (over one rank)}
 """
 
@@ -28,15 +28,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import charts
 import torch
-from allocations import DTYPE, empty_shard
-from links import Link, Machine, parse_links, seconds
-from lone_rank import Calls, alone
-from report import Report, beginning, beginning_lines, give_out, sizes
-from weights import model_args
 
 from llama import env
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.env import notice
@@ -47,17 +42,20 @@ from llama.generation.tasks import check_writable
 from llama.model import Transformer
 from llama.parallel.partition import Partition
 from llama.plan.advice import NAMES, show_bytes
+from scripts.bench.counters import Calls, alone, empty_shard
+from scripts.bench.limits import Limits, Link, collective_seconds, parse_links
+from scripts.bench.report import PALETTE, Report, beginning, beginning_lines, panels, parse_sizes, write_report
+from scripts.bench.weights import DTYPE, model_args
 
 # -- counting --------------------------------------------------------------------------------------
 
-
 # A stage and the batch size of a run.
 Stage = tuple[str, int]
-SHORT_PROMPT = 8  # before a decode step, whose calls do not depend on it
+SHORT_PROMPT = 8  # tokens before a decode step, whose calls do not depend on their number
 
 
 def count(partition: Partition, batch_sizes: Sequence[int], prompt_tokens: int) -> dict[Stage, Calls]:
-    """What rank 0 asks its group for in a "prefill" of one prompt, and in one "decode" step of each batch, greedy."""
+    """Count what rank 0 asks its group for, greedy: in a "prefill" of one prompt and a "decode" step of each batch."""
     stages: list[Stage] = [("prefill", 1), *(("decode", size) for size in batch_sizes)]
     with alone(0, partition.world_size, "counting") as ranks:
         if ranks.world_size == 1:
@@ -85,7 +83,10 @@ def generate(model: Transformer, batch_size: int, prompt_tokens: int, new_tokens
 
 
 def is_expected(calls: Calls, args: ModelArgs, world_size: int) -> bool:
-    """Two all-reduces a layer and one for the embedding, as often as there are passes; the sampler's two once."""
+    """Return whether a run asked for its passes' all-reduces and the sampler's two collectives, and nothing else.
+
+    A pass has two all-reduces a layer and one for the embedding.
+    """
     counts: Counter[str] = Counter()
     for (kind, _), number in calls.items():
         counts[kind] += number
@@ -96,17 +97,19 @@ def is_expected(calls: Calls, args: ModelArgs, world_size: int) -> bool:
 
 
 def run_report(
-    stage: Stage, partition: Partition, calls: Calls, machine: Machine, n_seen: int, links: Mapping[str, Link]
+    stage: Stage, partition: Partition, calls: Calls, card: Limits, n_seen: int, links: Mapping[str, Link]
 ) -> Report:
-    """One entry of `runs`, its speedups still missing; `n_seen` tokens are prefilled, or seen by a decode step."""
+    """Return an entry of `runs` without its speedups; `n_seen` tokens are prefilled, or seen by a decode step."""
     (name, batch_size), n_ranks = stage, partition.world_size
     if name == "decode":
-        n_tokens, compute = batch_size, machine.decode_seconds(partition, batch_size, n_seen)
+        n_tokens, compute = batch_size, card.decode_seconds(partition, batch_size, n_seen)
     else:
-        n_tokens, compute = n_seen, machine.prefill_seconds(partition, n_seen)
+        n_tokens, compute = n_seen, card.prefill_seconds(partition, n_seen)
     over = {}
     for link_name, link in links.items():
-        taken = sum(number * seconds(kind, nbytes, n_ranks, link) for (kind, nbytes), number in calls.items())
+        taken = sum(
+            number * collective_seconds(kind, nbytes, n_ranks, link) for (kind, nbytes), number in calls.items()
+        )
         over[link_name] = {"seconds": taken, "tokens_per_second": n_tokens / (compute + taken)}
     return {
         "stage": name,
@@ -122,19 +125,19 @@ def run_report(
 
 
 def add_speedups(runs: Sequence[Report]) -> None:
-    """Each run's tokens per second over those of one rank, in place."""
-    alone = {(run["stage"], run["batch_size"]): run for run in runs if run["world_size"] == 1}
+    """Add to each run its tokens a second divided by those of one rank, in place."""
+    one_rank = {(run["stage"], run["batch_size"]): run for run in runs if run["world_size"] == 1}
     for entry in runs:
-        one = alone[entry["stage"], entry["batch_size"]]["links"]
+        one = one_rank[entry["stage"], entry["batch_size"]]["links"]
         for name, link in entry["links"].items():
             link["speedup"] = link["tokens_per_second"] / one[name]["tokens_per_second"]
 
 
-# -- for people ------------------------------------------------------------------------------------
+# -- table and chart -------------------------------------------------------------------------------
 
 
 def table(report: Report) -> str:
-    """The report as text of at most about 110 columns."""
+    """Return the report as text of at most about 110 columns."""
     model, settings = report["model"], report["settings"]
     lines = [
         f"{model['name']}: {model['n_params']:,} parameters, {settings['dtype']}; a card reads "
@@ -189,7 +192,7 @@ def _cost(entry: Report, link: str) -> str:
 def draw(report: Report, path: str) -> None:
     """Draw the speedup over one rank by world size, one panel a stage and batch size."""
     stages = list(dict.fromkeys((entry["stage"], entry["batch_size"]) for entry in report["runs"]))
-    with charts.panels(path, 1, len(stages)) as rows:
+    with panels(path, 1, len(stages)) as rows:
         for row in rows:
             for axes, stage in zip(row, stages, strict=True):
                 runs = [entry for entry in report["runs"] if (entry["stage"], entry["batch_size"]) == stage]
@@ -199,7 +202,7 @@ def draw(report: Report, path: str) -> None:
 def _draw_stage(axes: Any, stage: Stage, runs: Sequence[Report]) -> None:
     ranks = [entry["world_size"] for entry in runs]
     axes.plot(ranks, ranks, color="black", linestyle=":", linewidth=1, label="nothing to send")
-    for name, colour in zip(runs[0]["links"], charts.PALETTE * 2, strict=False):
+    for name, colour in zip(runs[0]["links"], PALETTE * 2, strict=False):
         axes.plot(ranks, [entry["links"][name]["speedup"] for entry in runs], color=colour, marker="o", label=name)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(ranks)
@@ -207,6 +210,9 @@ def _draw_stage(axes: Any, stage: Stage, runs: Sequence[Report]) -> None:
     axes.set_ylabel("speed over one rank")
     axes.set_title(f"{stage[0]}, batch {stage[1]}")
     axes.legend(frameon=False, fontsize="small")
+
+
+# -- command ---------------------------------------------------------------------------------------
 
 
 def main(
@@ -222,7 +228,7 @@ def main(
     chart: str | None = None,
     quick: bool = False,
 ) -> None:
-    """Count what ranks send each other, and reckon when it pays.
+    """Count what ranks send each other, and reckon when several ranks pay.
 
     Args:
         geometry: a published geometry, llama-2-7b by default, or tiny.
@@ -232,7 +238,7 @@ def main(
         batch_sizes: sequences of a decode step.
         bandwidth: GB/s that a card reads from its memory; an RTX 3090's by default.
         tflops: 1e12 operations a second that a card computes in 16 bit; an RTX 3090's by default.
-        links: names of those known, or 'my switch=20us@50' (latency, GB/s each way), in a list with commas.
+        links: names of known links, or 'my switch=20us@50' (latency, GB/s each way), in a list with commas.
         output_json: write everything to this file.
         chart: draw the speedups into this PNG.
         quick: a toy model, to see that everything works.
@@ -248,29 +254,29 @@ def main(
         check_writable(path)
     geometry = geometry or ("tiny" if quick else "llama-2-7b")
     args, known = model_args(geometry), parse_links(links)
-    ranks, batches = sizes("world_sizes", world_sizes), sizes("batch_sizes", batch_sizes)
+    ranks, batches = parse_sizes("world_sizes", world_sizes), parse_sizes("batch_sizes", batch_sizes)
     if ranks[0] != 1:
         raise LlamaError(f"--world_sizes begins with 1, which the others are compared with, not {world_sizes!r}")
     partitions = [Partition.create(args, size) for size in ranks]
-    machine = Machine(bandwidth * 1e9, tflops * 1e12)
+    card = Limits(bandwidth * 1e9, tflops * 1e12)
     runs = []
     for partition in partitions:
         notice(f"counting at {partition.world_size} ranks")
         for stage, calls in count(partition, batches, prompt_tokens).items():
             n_seen = context if stage[0] == "decode" else prompt_tokens
-            runs.append(run_report(stage, partition, calls, machine, n_seen, known))
+            runs.append(run_report(stage, partition, calls, card, n_seen, known))
     add_speedups(runs)
     report = {
         **beginning(torch.device("cpu")),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {
             "dtype": NAMES[DTYPE], "prompt_tokens": prompt_tokens, "context": context, "world_sizes": ranks,
-            "batch_sizes": batches, **dataclasses.asdict(machine),
+            "batch_sizes": batches, "bandwidth": card.read, "flops": card.flops,
             "links": {name: dataclasses.asdict(link) for name, link in known.items()},
         },
         "runs": runs,
     }  # fmt: skip
-    give_out(report, table(report), output_json, chart, draw)
+    write_report(report, table(report), output_json, chart, draw)
 
 
 if __name__ == "__main__":

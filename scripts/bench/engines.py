@@ -1,4 +1,4 @@
-"""The engines of `inference.py`: ours, transformers' `generate` in two ways, and llama.cpp."""
+"""Engines that `inference.py` compares: ours, transformers' `generate` in two ways, and llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import time
 from typing import Any
 
 import torch
-from llamacpp import LlamaCpp, Numbered
-from peers import Kind, Prompts, Setup, Timing, synchronize
 
 from llama.device import DTYPES, choose_device
 from llama.errors import LlamaError
+from scripts.bench.llamacpp import LlamaCpp, Numbered
+from scripts.bench.peers import Kind, Prompts, Setup, Timing, synchronize
 
 
 class Ours:
     """Our engine, on any number of ranks."""
 
     def load(self, setup: Setup) -> None:
-        """Open the checkpoint and read this rank's shard, quantizing where that is wanted, as `Llama.build` does."""
+        """Open the checkpoint and read this rank's shard, quantized where the setup says so, as `Llama.build` does."""
         from llama.checkpoint.load import cut_model
         from llama.checkpoint.source import open_checkpoint
         from llama.generation.engine import Engine
-        from llama.generation.steps import settle_mode
+        from llama.generation.steps import choose_mode
         from llama.parallel import groups
         from llama.runtime import Opened
 
         checkpoint, device, dtype = open_checkpoint(setup.folder), choose_device(setup.device), DTYPES[setup.dtype]
-        vocab_size, mode = checkpoint.args.vocab_size, settle_mode(setup.compile)
+        vocab_size, mode = checkpoint.args.vocab_size, choose_mode(setup.compile)
         partition = cut_model(checkpoint.args, setup.scheme, setup.world_size, setup.tensor_split)
         opened = Opened(checkpoint, Numbered(vocab_size), partition, device, dtype, setup.threads, setup.scheme)
         ranks = groups.start(device)
@@ -39,7 +39,7 @@ class Ours:
         self.engine = Engine(opened.load(ranks), vocab_size, compile=mode)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; making the cache counts as prefill."""
+        """Measure one run, as `Peer.run` says; making the cache counts as prefill."""
         from llama.generation.engine import Request, Stats
         from llama.generation.sampling import Sampling
 
@@ -72,11 +72,11 @@ class HuggingFace:
             setup.folder, dtype=DTYPES[setup.dtype], local_files_only=True
         )
         self.model = model.to(self.device).eval()
-        # Without end tokens, so that as many tokens come as are asked for and none is forbidden.
+        # Without end tokens as many tokens come as are asked for, and none is forbidden.
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; prefill is the time of one new token, decode what the others add to it."""
+        """Measure one run, as `Peer.run` says; prefill is the time of one new token, decode what more tokens add."""
         ids = torch.tensor(prompts, device=self.device)
         first, _ = self._generate(ids, 1, new_tokens + 1)
         whole, tokens = self._generate(ids, new_tokens + 1, new_tokens + 1)
@@ -94,19 +94,19 @@ class HuggingFace:
         return time.perf_counter() - started, out[:, ids.shape[1] :].tolist()
 
     def _extras(self, batch_size: int, n_prompt: int, most_new: int) -> dict[str, Any]:
-        """What else `generate` is told."""
+        """Return further arguments of `generate`."""
         return {}
 
 
 class HuggingFaceStatic(HuggingFace):
-    """The same with a cache of fixed size, which makes transformers compile its decode step on a card."""
+    """transformers' `generate` with a cache of fixed size, for which it compiles its decode step on a card."""
 
     cache: Any = None
     shape: tuple[int, int] | None = None
 
     @torch.inference_mode()
     def _extras(self, batch_size: int, n_prompt: int, most_new: int) -> dict[str, Any]:
-        # One cache for all runs: each new one would be recorded anew.
+        # One cache for all runs: for each new cache the step would be recorded again.
         if self.shape != (batch_size, n_prompt + most_new):
             from transformers import StaticCache
 

@@ -1,4 +1,4 @@
-"""What `inference.py` found: a table, a JSON file and a chart.
+"""Reports of `inference.py`: a table, a JSON file and a chart.
 
 The JSON file is one object:
 
@@ -33,20 +33,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import charts
 import torch
-from comparison import Comparison
-from limits import Limits, prefill_flops, read_bytes
-from peers import Running, Timing
-from report import Report, beginning, beginning_lines, cell, spread
 
+from llama.checkpoint.table import n_unique_params
 from llama.device import DTYPES
-
-if TYPE_CHECKING:
-    from inference import Workload
-    from weights import Weights
+from scripts.bench.comparison import Comparison, InferenceCase, median_speed, speeds
+from scripts.bench.limits import Limits, prefill_flops, read_bytes
+from scripts.bench.peers import Running, Timing
+from scripts.bench.report import PALETTE, Report, beginning, beginning_lines, cell, panels
+from scripts.bench.weights import Weights
 
 NO_CARD = "decode beside a card's copy bandwidth, prefill beside its matmul rate, hf_static compiled: no card here"
 
@@ -55,58 +52,58 @@ def build_report(
     peers: Sequence[Running],
     timings: Mapping[str, Sequence[Timing]],
     comparison: Comparison,
-    work: Workload,
+    case: InferenceCase,
     weights: Weights,
     limits: Limits,
     device: torch.device,
 ) -> Report:
-    """What the head of this file documents, but for `scaling`; peers still run."""
-    n_prompt, n_new = (work.batch_size * n for n in (work.prompt_tokens, work.new_tokens))
+    """Return the report, except `scaling`, while the peers still run."""
+    n_prompt, n_new = (case.batch_size * n for n in (case.prompt_tokens, case.new_tokens))
     measured = {peer.name: peer_report(peer, timings[peer.name], n_prompt, n_new) for peer in peers}
     for peer in peers:
         if peer.name.startswith("ours"):
-            measured[peer.name]["of_limits"] = of_limits(peer, measured[peer.name], weights, work, limits)
+            measured[peer.name]["of_limits"] = of_limits(peer, measured[peer.name], weights, case, limits)
     pairs, last = comparison.pairs(), {name: runs[-1].tokens for name, runs in timings.items()}
     agreeing = {f"{ours} / {other}": equal_tokens(last[ours], last[other]) for ours, other, same in pairs if same}
     return {
         **beginning(device),
         "model": {
             "name": weights.name,
-            "n_params": weights.args.n_unique_params,
+            "n_params": n_unique_params(weights.args),
             "args": dataclasses.asdict(weights.args),
             "layout": weights.layout,
-            "read_by": {peer.name: layout(peer.name, weights) for peer in peers},
+            "read_by": {peer.name: read_layout(peer.name, weights) for peer in peers},
         },
-        "settings": settings(peers[0], comparison, work),
+        "settings": settings(peers[0], comparison, case),
         "limits": dataclasses.asdict(limits),
         "peers": measured,
         "ratio": {f"{ours} / {other}": ratio(measured[ours], measured[other]) for ours, other, _ in pairs},
-        "same_tokens": all(count == work.new_tokens + 1 for count in agreeing.values()),
+        "same_tokens": all(count == case.new_tokens + 1 for count in agreeing.values()),
         "equal_tokens": agreeing,
         "scaling": None,
         "not_run": [] if device.type == "cuda" else [NO_CARD],
     }
 
 
-def layout(name: str, weights: Weights) -> str:
-    """What a peer reads."""
+def read_layout(name: str, weights: Weights) -> str:
+    """Return the layout of the files that a peer reads."""
     return "gguf" if name.startswith("llamacpp") else weights.ours_layout if name.startswith("ours") else "hf"
 
 
-def settings(ours: Running, comparison: Comparison, work: Workload) -> Report:
-    """What was asked for, or chosen where nothing was."""
-    setup = {key: getattr(ours.setup, key) for key in ("device", "threads", "world_size", "tensor_split", "compile")}
-    chosen = {"group_size": comparison.group_size, "precisions": list(comparison.precisions)}
-    return {"dtype": comparison.dtype} | setup | chosen | dataclasses.asdict(work)
+def settings(ours: Running, comparison: Comparison, case: InferenceCase) -> Report:
+    """Return the settings of the whole run, asked for or usual."""
+    started = {key: getattr(ours.setup, key) for key in ("device", "threads", "world_size", "tensor_split", "compile")}
+    compared = {"group_size": comparison.group_size, "precisions": list(comparison.precisions)}
+    return {"dtype": comparison.dtype} | started | compared | dataclasses.asdict(case)
 
 
 def peer_report(peer: Running, timings: Sequence[Timing], n_prompt: int, n_new: int) -> Report:
-    """All that was measured of one peer.
+    """Return all that was measured of one peer.
 
     Args:
         peer: still running.
         timings: of its runs.
-        n_prompt, n_new: tokens of the whole batch that a run prefills and decodes.
+        n_prompt, n_new: tokens of the whole batch that each run prefills and decodes.
     """
     memory = peer.memory()
     return {
@@ -126,39 +123,20 @@ def peer_report(peer: Running, timings: Sequence[Timing], n_prompt: int, n_new: 
     }
 
 
-def speeds(timings: Sequence[Timing], n_prompt: int, n_new: int) -> Report:
-    """Prefill and decode of some runs, each of so many tokens."""
-    return {
-        "prefill": _speed([timing.prefill_seconds for timing in timings], n_prompt),
-        "decode": _speed([timing.decode_seconds for timing in timings], n_new),
-    }
-
-
-def _speed(seconds: Sequence[float], n_tokens: int) -> Report:
-    # A difference of two times can come out at or below zero where both are tiny.
-    rates = [n_tokens / max(one, 1e-9) for one in seconds]
-    return {"tokens_per_second": spread(rates), "seconds": list(seconds)}
-
-
-def of_limits(peer: Running, measured: Report, weights: Weights, work: Workload, limits: Limits) -> Report:
-    """What part of the machine's best ours reached, all of its ranks together."""
+def of_limits(peer: Running, measured: Report, weights: Weights, case: InferenceCase, limits: Limits) -> Report:
+    """Return the shares of the machine's limits that ours reached, all ranks together."""
     n_bytes = read_bytes(weights.args, DTYPES[peer.setup.dtype], peer.setup.scheme)
-    steps = median(measured, "decode") / work.batch_size
+    steps = median_speed(measured, "decode") / case.batch_size
     return {
         "decode": n_bytes * steps / limits.read,
-        "prefill": prefill_flops(weights.args) * median(measured, "prefill") / limits.flops,
+        "prefill": prefill_flops(weights.args) * median_speed(measured, "prefill") / limits.flops,
     }
 
 
 def ratio(ours: Report, theirs: Report) -> Report:
-    """Ours divided by a peer's; memory by the sum over ranks."""
-    speed = {part: median(ours, part) / median(theirs, part) for part in ("prefill", "decode")}
+    """Return the figures of ours divided by a peer's; memory is summed over the ranks."""
+    speed = {part: median_speed(ours, part) / median_speed(theirs, part) for part in ("prefill", "decode")}
     return speed | {"peak_memory": _peak(ours) / _peak(theirs)}
-
-
-def median(peer: Report, part: str) -> float:
-    """Tokens a second of "prefill" or "decode"."""
-    return float(peer[part]["tokens_per_second"]["median"])
 
 
 def _peak(peer: Report) -> int:
@@ -166,7 +144,7 @@ def _peak(peer: Report) -> int:
 
 
 def equal_tokens(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
-    """Tokens that agree from the start, in the prompt where fewest do."""
+    """Return the number of tokens that agree from the start, in the prompt where fewest do."""
     counts = []
     for one, other in zip(ours, theirs, strict=True):
         pairs = enumerate(zip(one, other, strict=True))
@@ -174,11 +152,11 @@ def equal_tokens(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]])
     return min(counts)
 
 
-# -- for people ------------------------------------------------------------------------------------
+# -- table and chart -------------------------------------------------------------------------------
 
 
 def table(report: Report) -> str:
-    """The report as text of at most about 100 columns."""
+    """Return the report as text of at most about 100 columns."""
     return "\n".join((*_heading(report), "", *_rows(report), "", *_closing(report)))
 
 
@@ -229,7 +207,7 @@ def _closing(report: Report) -> list[str]:
 
 def draw(report: Report, path: str) -> None:
     """Draw prefill and decode of every peer into a PNG."""
-    with charts.panels(path, 1, 2) as rows:
+    with panels(path, 1, 2) as rows:
         for axes, part in ((axes, part) for row in rows for axes, part in zip(row, ("prefill", "decode"), strict=True)):
             _draw_part(axes, part, report["peers"])
 
@@ -239,8 +217,26 @@ def _draw_part(axes: Any, part: str, peers: Mapping[str, Report]) -> None:
         speed = peer[part]["tokens_per_second"]
         around = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
         family = ("ours", "hf", "llamacpp").index(name.split("_")[0])
-        axes.barh(place, speed["median"], xerr=around, color=charts.PALETTE[family], capsize=3)
+        axes.barh(place, speed["median"], xerr=around, color=PALETTE[family], capsize=3)
         axes.text(0, place, f" {speed['median']:.1f}", va="center")
     axes.set_yticks(range(len(peers)), [peer["label"] for peer in peers.values()])
     axes.invert_yaxis()
     axes.set_title(f"{part}: tokens/s")
+
+
+def scaling_lines(scaling: Report) -> list[str]:
+    """Return the report of `comparison.measure_scaling` as text."""
+    threads, ratio = scaling["threads"], scaling["ratio"]
+
+    def line(label: str, name: str, target: float | None = None) -> str:
+        over = f"{ratio[name]['decode']:.2f}×" if name in ratio else ""
+        aim = "" if target is None else f" (target {target})"
+        return f"  {label:44}{median_speed(scaling[name], 'decode'):>10.2f} tokens/s  {over}{aim}".rstrip()
+
+    return [
+        f"decode in {scaling['dtype']} on {threads} threads, as:",
+        line("one rank", "one_rank"),
+        line(f"{threads} ranks of a thread each", "ranks", 0.8),
+        line(f"{threads} ranks of a thread each, over gloo alone", "gloo_ranks"),
+        line(f"one rank, batch {scaling['batch_size']}", "batch", 3),
+    ]

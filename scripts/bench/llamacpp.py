@@ -1,6 +1,6 @@
-"""llama.cpp as a peer, on files that our own exporter wrote: the same weights, quantized by llama.cpp itself.
+"""llama.cpp as a peer, on GGUF files that our exporter wrote: the same weights, quantized by llama.cpp.
 
-It needs llama-cpp-python and gguf; nothing here is imported without being asked for.
+The peer needs llama-cpp-python and gguf, which are imported only when it is used.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peers import Prompts, Setup, Timing
-
 from llama.checkpoint.source import open_checkpoint
 from llama.env import notice
 from llama.errors import LlamaError
 from llama.export.gguf import export_gguf
 from llama.tokenizer.base import TextStream, Tokenizer
 from llama.tokenizer.vocabulary import Kind, Vocabulary
+from scripts.bench.peers import Prompts, Setup, Timing
 
-# Our precisions to GGUF's types, and llama.cpp's numbers of those that it quantizes to.
+# Our precisions to GGUF's types, and llama.cpp's numbers for the types that it quantizes to.
 TYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 QUANTIZED = {"q4_0": 2, "q8_0": 7}
-# Tokens that are given at a time, and to whose multiple a context is rounded up.
-AT_A_TIME, CONTEXT_STEP = 2048, 256
+# Tokens of a batch, and the multiple to which a context is rounded up.
+BATCH_TOKENS, CONTEXT_STEP = 2048, 256
 
 
 def available() -> bool:
@@ -39,8 +38,9 @@ def available() -> bool:
 class LlamaCpp:
     """llama.cpp through its own C interface, greedy, in one process.
 
-    Where its kernels for the matrix units crash on more than one row, as they do on quantized weights in some virtual
-    machines, a model without them prefills and one with them decodes, on a copy of the cache; copying is not timed.
+    Its kernels for the matrix units crash on more than one row of quantized weights in some virtual machines. There a
+    model without these kernels prefills and a second model with them decodes on a copy of the cache; copying is not
+    timed.
     """
 
     def load(self, setup: Setup) -> None:
@@ -50,7 +50,7 @@ class LlamaCpp:
             self.later = _Model(setup, amx=True)
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """See `Peer.run`; making the context counts as prefill."""
+        """Measure one run, as `Peer.run` says; making the context counts as prefill."""
         length = max(map(len, prompts)) + new_tokens + 1
         if self.later is not self.first:
             self.later.begin(len(prompts), length)
@@ -70,13 +70,13 @@ class LlamaCpp:
 
 
 class _Model:
-    """A model and its context of the shape last asked for."""
+    """A model and a context of the shape that was last asked for."""
 
     def __init__(self, setup: Setup, amx: bool) -> None:
         self.library, self.threads = library(), setup.threads
         params = self.library.llama_model_default_params()
         params.n_gpu_layers = 0
-        # Without these buffers weights are not put in the order of the matrix units.
+        # Without these buffers the weights are not laid out for the matrix units.
         params.use_extra_bufts = amx
         self.model = self.library.llama_model_load_from_file(setup.folder.encode(), params)
         if not self.model:
@@ -86,7 +86,7 @@ class _Model:
         self.shape = (0, 0)
 
     def begin(self, n_slots: int, length: int) -> None:
-        """An empty context of so many sequences of so many tokens."""
+        """Make an empty context of `n_slots` sequences of `length` tokens."""
         shape = (n_slots, -(-length // CONTEXT_STEP) * CONTEXT_STEP)
         if self.context is not None and shape == self.shape:
             self.library.llama_memory_clear(self.library.llama_get_memory(self.context), True)
@@ -94,16 +94,16 @@ class _Model:
         if self.context is not None:
             self.library.llama_free(self.context)
         params = self.library.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.n_batch = shape[0] * shape[1], n_slots, AT_A_TIME
+        params.n_ctx, params.n_seq_max, params.n_batch = shape[0] * shape[1], n_slots, BATCH_TOKENS
         params.n_threads = params.n_threads_batch = self.threads
         self.context, self.shape = self.library.llama_init_from_model(self.model, params), shape
         if not self.context:
             raise LlamaError(f"llama.cpp has no room for {n_slots} sequences of {length} tokens")
 
     def step(self, rows: Sequence[tuple[int, int, int]], ends: set[int] | None) -> list[int]:
-        """Run (slot, position, token) rows; the best next token after each whose position is in `ends` (None: all)."""
+        """Run rows of (slot, position, token); return the best next token after each position in `ends` (None: all)."""
         chosen: list[int] = []
-        for part in (rows[first : first + AT_A_TIME] for first in range(0, len(rows), AT_A_TIME)):
+        for part in (rows[first : first + BATCH_TOKENS] for first in range(0, len(rows), BATCH_TOKENS)):
             wanted = [ends is None or at in ends for _, at, _ in part]
             batch = self.library.llama_batch_init(len(part), 0, 1)
             try:
@@ -125,7 +125,7 @@ class _Model:
         return int(np.ctypeslib.as_array(logits, shape=(self.n_vocab,)).argmax())
 
     def copy_slots(self, other: _Model, n_slots: int) -> None:
-        """Give `other` the keys and values of the first slots."""
+        """Copy the keys and values of the first `n_slots` slots to `other`."""
         for slot in range(n_slots):
             size = self.library.llama_state_seq_get_size(self.context, slot)
             state = (ctypes.c_uint8 * size)()
@@ -136,7 +136,7 @@ class _Model:
 
 @cache
 def library() -> Any:
-    """llama.cpp's C interface, silent."""
+    """Return llama.cpp's C interface, silenced."""
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda *_: None)
@@ -146,14 +146,14 @@ def library() -> Any:
     return llama_cpp
 
 
-_kept: list[Any] = []  # what C holds a pointer to
+_kept: list[Any] = []  # objects that C holds a pointer to
 
 
 # -- files -----------------------------------------------------------------------------------------
 
 
 class Numbered(Tokenizer):
-    """A vocabulary of a size and no text: what a file must hold where only ids are run."""
+    """A tokenizer of `n_words` ids without text, for files that must hold one although only ids are run."""
 
     kind, bos_id, eos_id, pad_id = "sentencepiece", 1, 2, -1
     stop_tokens: frozenset[int] = frozenset({2})
@@ -163,7 +163,7 @@ class Numbered(Tokenizer):
         self.n_words = n_words
 
     def vocabulary(self) -> Vocabulary:
-        """Three control tokens, the bytes, and words called after their numbers."""
+        """Return three control tokens, the bytes, and words named after their numbers."""
         names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
         kinds = [Kind.UNKNOWN, Kind.CONTROL, Kind.CONTROL, *[Kind.BYTE] * 256]
         names += [f"word{number}" for number in range(len(names), self.n_words)]
@@ -171,7 +171,7 @@ class Numbered(Tokenizer):
         return Vocabulary("spm", names[: self.n_words], kinds[: self.n_words], [0.0] * self.n_words, unk_id=0)
 
     def text_stream(self) -> TextStream:
-        """There is no text."""
+        """Raise: there is no text."""
         raise NotImplementedError
 
     def _encode(self, text: str) -> list[int]:
@@ -182,13 +182,13 @@ class Numbered(Tokenizer):
 
 
 def write_files(source: str, folder: Path, types: Sequence[str], between: str) -> dict[str, Path]:
-    """One GGUF file of each type, all matrices in it; those in `folder` already are kept.
+    """Write one GGUF file of each type, for all matrices; return the paths by type. Files in `folder` already are kept.
 
     Args:
         source: a checkpoint's folder.
         folder: where they are written, as `model-TYPE.gguf`.
         types: of `TYPES`.
-        between: the type that is quantized from.
+        between: the type from which llama.cpp quantizes.
     """
     files = {type_name: folder / f"model-{type_name}.gguf" for type_name in types}
     for type_name, file in files.items():
@@ -212,7 +212,7 @@ def _export(source: str, file: Path, type_name: str) -> None:
 
 
 def _quantize(source: Path, target: Path, number: int) -> None:
-    """Every matrix, embedding and output layer too, as one type."""
+    """Quantize every matrix, the embedding and the output layer too, to the type with this `number`."""
     llama_cpp = library()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.pure, params.allow_requantize = number, True, True
@@ -223,13 +223,14 @@ def _quantize(source: Path, target: Path, number: int) -> None:
     partial.replace(target)
 
 
-# -- what works here -------------------------------------------------------------------------------
+# -- kernels that work on this machine -------------------------------------------------------------
 
 
 def amx_use(setup: Setup, prompts: Prompts) -> str:
-    """When llama.cpp can use its kernels for the matrix units here: "always", on one row at a time ("decode"), or not.
+    """Try llama.cpp's kernels for the matrix units, in a process of their own, which a crash ends.
 
-    They are tried in a process of their own, which a crash ends.
+    Returns:
+        "always", "decode" where they work on one row at a time, or "never".
     """
     if _works(setup, prompts):
         return "always"

@@ -1,13 +1,13 @@
-"""What a rank holds while a model of 7B runs, counted one rank at a time: weights, cache, activations.
+"""Counts of the memory that a rank of a 7B model takes: weights, cache and activations, one rank at a time.
 
     python scripts/bench/memory.py --quick                                    # a toy model, under a minute
     python scripts/bench/memory.py --output_json memory.json --chart memory.png
 
 The engine runs a full batch through prefill and one decode step, as one rank of several over torch's fake process
-group, and torch's profiler tells of every allocation. Weights are not read from anywhere: their numbers do not change
-what is held. Ranks whose shards have the same sizes are counted once. A GB is 1e9 bytes.
+group, and torch's profiler tells of every allocation. No weights are read: their values do not change what a rank
+holds. Ranks whose shards have the same sizes are counted once. A GB is 1e9 bytes.
 
-What the JSON file holds stands in `memory_report.py`.
+`memory_report.py` documents the JSON file.
 """
 
 from __future__ import annotations
@@ -19,14 +19,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from allocations import DTYPE, empty_shard, held_bytes, peaks
-from lone_rank import alone
-from memory_report import draw, table
-from report import Report, beginning, give_out
-from weights import model_args
 
 from llama import env
 from llama.checkpoint.load import cut_model
+from llama.checkpoint.table import n_unique_params, rank_params
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.device import set_threads
@@ -44,16 +40,21 @@ from llama.plan.advice import GB, Planner, Setting
 from llama.plan.inference import Workload
 from llama.plan.memory import Memory
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import alone, empty_shard, held_bytes, peaks
+from scripts.bench.memory_report import draw, table
+from scripts.bench.report import Report, beginning, write_report
+from scripts.bench.weights import DTYPE, model_args
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """A run whose ranks are counted.
 
     Args:
         world_size, batch_size: ranks, and sequences at a time.
-        precision: "bf16", or how the weights are quantized.
-        limit, ancestor: bytes of a rank that it should stay within, and that the ancestor of this project took.
+        precision: "bf16", "int8" or "int4", of the weights.
+        limit: bytes that a rank should stay within.
+        ancestor: bytes that a rank of the original fork was said to take.
     """
 
     world_size: int
@@ -63,21 +64,21 @@ class Case:
     ancestor: float | None = None
 
     def scheme(self, group_size: int) -> Scheme | None:
-        """How weights are quantized; None where they are not."""
+        """Return the scheme of the weights; None for bf16."""
         return None if self.precision == "bf16" else Scheme.create(self.precision, group_size)
 
 
 CASES = (
-    Case(4, 32, "bf16", 6.0 * GB, 7 * GB),
-    Case(4, 32, "int4", 3.6 * GB, 7 * GB),
-    Case(2, 8, "bf16", 8.3 * GB, 9 * GB),
+    MemoryCase(4, 32, "bf16", 6.0 * GB, 7 * GB),
+    MemoryCase(4, 32, "int4", 3.6 * GB, 7 * GB),
+    MemoryCase(2, 8, "bf16", 8.3 * GB, 9 * GB),
 )
-QUICK = (Case(2, 4, "bf16"), Case(2, 4, "int4"), Case(3, 2, "bf16"))
+QUICK = (MemoryCase(2, 4, "bf16"), MemoryCase(2, 4, "int4"), MemoryCase(3, 2, "bf16"))
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes that one rank held; prefill and decode beyond weights and cache."""
+    """Bytes that one rank held; those of prefill and decode come on top of weights and cache."""
 
     rank: int
     weights: int
@@ -87,31 +88,31 @@ class Counted:
 
     @property
     def total(self) -> int:
-        """The most at a time."""
+        """The most bytes at a time."""
         return self.weights + self.cache + max(self.prefill, self.decode)
 
 
-def count(partition: Partition, rank: int, case: Case, tokens: int, scheme: Scheme | None) -> Counted:
-    """Run one rank of `case` and count what it holds."""
+def count(partition: Partition, rank: int, case: MemoryCase, tokens: int, scheme: Scheme | None) -> Counted:
+    """Run one rank of `case` and count the bytes that it holds."""
     args, size = partition.args, case.batch_size
     with alone(rank, case.world_size) as ranks:
         model = empty_shard(partition, ranks, DTYPE, scheme)
         # A first token from the prefill and one from a decode step.
         requests = [Request(index, [1] * (tokens - 2), 2, Sampling(temperature=0)) for index in range(size)]
         events = Engine(model, args.vocab_size).run(requests, size)
-        prefill, decode = peaks(lambda: take(events, size), lambda: take(events, size))
+        prefill, decode = peaks(lambda: consume(events, size), lambda: consume(events, size))
         cache = model.new_cache(size, tokens).nbytes
         return Counted(rank, held_bytes(model), cache, prefill - cache, decode - cache)
 
 
-def take(events: Iterator[Any], number: int) -> None:
-    """Let a run go on until so many events have come."""
+def consume(events: Iterator[Any], number: int) -> None:
+    """Let a run go on until `number` events have come."""
     for _ in islice(events, number):
         pass
 
 
 def distinct_ranks(partition: Partition) -> list[int]:
-    """The first rank of each size of shard."""
+    """Return the first rank of each size of shard."""
     sizes: dict[tuple[int, ...], int] = {}
     for rank in range(partition.world_size):
         cuts = (partition.heads, partition.kv_heads, partition.ffn, partition.vocab)
@@ -119,20 +120,20 @@ def distinct_ranks(partition: Partition) -> list[int]:
     return list(sizes.values())
 
 
-def planned_bytes(args: ModelArgs, case: Case, tokens: int, scheme: Scheme | None) -> int:
-    """What the plan says of the fullest rank."""
+def planned_bytes(args: ModelArgs, case: MemoryCase, tokens: int, scheme: Scheme | None) -> int:
+    """Return the bytes that the plan expects on the fullest rank."""
     planner = Planner(args, "cpu", Memory(("a rank",), (0,), grows=True))
     plan = planner.plan(Setting(case.world_size, Workload(case.batch_size, tokens), DTYPE, scheme=scheme))
     return max(rank.total() for rank in plan.ranks)
 
 
-def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Report:
-    """An entry of `cases`."""
+def count_case(args: ModelArgs, case: MemoryCase, tokens: int, group_size: int) -> Report:
+    """Return an entry of the report's `cases`."""
     notice(f"counting {case.world_size} ranks, batch {case.batch_size}, {case.precision}")
     set_threads(max(1, set_threads() // case.world_size))  # as many as a rank of this machine has
     scheme = case.scheme(group_size)
     partition = cut_model(args, scheme, case.world_size)
-    if products.worth_building(partition.rank_params(0) * DTYPE.itemsize):
+    if products.worth_building(rank_params(partition, 0) * DTYPE.itemsize):
         enable()
     ranks = [count(partition, rank, case, tokens, scheme) for rank in distinct_ranks(partition)]
     return {
@@ -150,7 +151,7 @@ def count_case(args: ModelArgs, case: Case, tokens: int, group_size: int) -> Rep
 
 
 def split_report(args: ModelArgs, tensor_split: str, batch_size: int, tokens: int) -> Report:
-    """Whether ranks hold what their weights say, to one unit; nothing is allocated for it."""
+    """Compare the bytes of unequal ranks with their shares, to one unit of the partition, without allocating any."""
     partition = Partition.create(args, len(tensor_split.split(",")), tensor_split)
     n_ranks = partition.world_size
     models = [Transformer(args, partition, Ranks(rank, n_ranks), device="meta", dtype=DTYPE) for rank in range(n_ranks)]
@@ -182,15 +183,15 @@ def main(
     chart: str | None = None,
     quick: bool = False,
 ) -> None:
-    """Count what a rank holds while a model runs.
+    """Count the memory that a rank takes while a model runs.
 
     Args:
         geometry: a published geometry, llama-2-7b by default, or tiny.
         tokens: of a sequence, prompt and completion together; 512, or 32 with --quick.
-        tensor_split: weights of unequal ranks, whose shares are compared with them.
+        tensor_split: weights of unequal ranks, with which their shares of the memory are compared.
         group_size: of int4.
         output_json: write everything counted to this file.
-        chart: draw it into this PNG.
+        chart: draw the counts into this PNG.
         quick: a toy model, to see that everything works.
     """
     if env.world_size() > 1:
@@ -207,12 +208,12 @@ def main(
     split = split_report(args, tensor_split, cases[-1].batch_size, tokens)
     report = {
         **beginning(torch.device("cpu")),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {"tokens": tokens, "group_size": group_size},
         "cases": [count_case(args, case, tokens, group_size) for case in cases],
         "split": split,
     }
-    give_out(report, table(report), output_json, chart, draw)
+    write_report(report, table(report), output_json, chart, draw)
 
 
 if __name__ == "__main__":

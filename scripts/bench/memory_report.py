@@ -1,4 +1,4 @@
-"""What `memory.py` counted: a table, a JSON file and a chart.
+"""Reports of `memory.py`: a table, a JSON file and a chart.
 
 The JSON file is one object:
 
@@ -6,7 +6,7 @@ The JSON file is one object:
     model           name, n_params (a tied table once), args (every field of ModelArgs)
     settings        tokens (of a sequence, prompt and completion), group_size (of int4)
     cases           a list: world_size, batch_size, precision, limit_bytes and ancestor_bytes (of a rank, or null),
-                    planned_bytes (what `llama.plan.advice` says of the fullest rank), and
+                    planned_bytes (what `llama.plan.advice` expects on the fullest rank), and
         ranks       one entry for each size of shard: rank (the first that has it), weights, cache, and what prefill and
                     decode take beyond them, all in bytes; total (the fuller of the two with weights and cache)
     split           tensor_split, batch_size, precision, ranks (bytes of weights and cache of each), shares (of the sum,
@@ -19,22 +19,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import charts
-from report import Report, beginning_lines
-
 from llama.plan.advice import GB, show_bytes
+from scripts.bench.report import PALETTE, Report, beginning_lines, panels
 
 COLUMNS = ("weights", "cache", "prefill", "decode", "total")
 BESIDE = ("planned", "limit", "ancestor")
 
 
-def words(case: Report) -> str:
-    """Such as "4 ranks, batch 32, int4"."""
+def label(case: Report) -> str:
+    """Return the label of a case, such as "4 ranks, batch 32, int4"."""
     return f"{case['world_size']} ranks, batch {case['batch_size']}, {case['precision']}"
 
 
 def table(report: Report) -> str:
-    """The report as text of at most about 110 columns."""
+    """Return the report as text of at most about 110 columns."""
     model, tokens = report["model"], report["settings"]["tokens"]
     return "\n".join(
         (
@@ -57,7 +55,7 @@ def _row(case: Report) -> str:
         *(case[f"{name}_bytes"] for name in ("planned", "limit", "ancestor")),
     ]
     cells = "".join(f"{_size(size):>10}" for size in sizes)
-    return f"{words(case):28}{cells}  {_verdict(fullest['total'], case['limit_bytes'])}".rstrip()
+    return f"{label(case):28}{cells}  {_verdict(fullest['total'], case['limit_bytes'])}".rstrip()
 
 
 def _size(nbytes: float | None) -> str:
@@ -81,12 +79,12 @@ def _split_lines(split: Report) -> list[str]:
 
 
 def draw(report: Report, path: str) -> None:
-    """Draw a bar a case, of what it is made of, with its limit and the ancestor's figure."""
-    with charts.panels(path, 1, 2) as rows:
+    """Draw a bar a case, with weights, cache and activations, its limit and the original fork's figure."""
+    with panels(path, 1, 2) as rows:
         for axes in (row[0] for row in rows):
             for place, case in enumerate(report["cases"]):
                 _draw_case(axes, place, case)
-            axes.set_yticks(range(len(report["cases"])), [words(case) for case in report["cases"]])
+            axes.set_yticks(range(len(report["cases"])), [label(case) for case in report["cases"]])
             axes.invert_yaxis()
             axes.set_xlabel("GB of a rank")
             axes.legend(
@@ -101,7 +99,7 @@ def _draw_case(axes: Any, place: int, case: Report) -> None:
     parts = {"weights": fullest["weights"], "cache": fullest["cache"]}
     parts["activations"] = max(fullest["prefill"], fullest["decode"])
     left = 0.0
-    for (name, nbytes), colour in zip(parts.items(), charts.PALETTE, strict=False):
+    for (name, nbytes), colour in zip(parts.items(), PALETTE, strict=False):
         axes.barh(place, nbytes / GB, left=left, color=colour, label=name)
         left += nbytes / GB
     for name, style in (("limit", "-"), ("ancestor", ":")):
@@ -111,13 +109,13 @@ def _draw_case(axes: Any, place: int, case: Report) -> None:
 
 
 def _once(axes: Any) -> tuple[Sequence[Any], Sequence[str]]:
-    """Handles and labels of a legend, each label once."""
+    """Return handles and labels of a legend, each label once."""
     found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     return list(found.values()), list(found)
 
 
 def _draw_split(axes: Any, split: Report) -> None:
-    axes.bar(range(len(split["ranks"])), [nbytes / GB for nbytes in split["ranks"]], color=charts.PALETTE[0])
+    axes.bar(range(len(split["ranks"])), [nbytes / GB for nbytes in split["ranks"]], color=PALETTE[0])
     axes.set_xticks(range(len(split["ranks"])), [f"rank {rank}" for rank in range(len(split["ranks"]))])
     axes.set_title(f"--tensor_split {split['tensor_split']}")
     axes.set_ylabel("GB of weights and cache")

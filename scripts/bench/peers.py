@@ -1,7 +1,7 @@
-"""Engines that are compared, each in processes of its own, driven from outside over pipes.
+"""Peers: engines and training loops under comparison, each in processes of its own, driven over pipes.
 
-A peer is a class with `load` and `run`; `engines.py` and `training_peers.py` hold those that there are. To add one,
-write such a class: what it imports is imported in its own process only.
+A peer is a class with `load` and `run`; `engines.py` and `training_peers.py` hold all there are. To add a peer, write
+such a class: what its methods import is imported in the peer's own processes only.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ Prompts = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a peer needs to know before it loads.
+    """The way a peer is started.
 
     Args:
-        folder: the weights, in a layout that the peer reads.
+        folder: of the weights, in a layout that the peer reads.
         dtype: to compute in, one of `llama.device.DTYPES`.
         device: "cpu", "cuda" or "cuda:N".
         threads: CPU threads of the whole peer; ranks share them.
         world_size: ranks that share the model.
         tensor_split: weights of the ranks; None for equal ones.
-        scheme: how ours quantizes the weights as it reads them; None keeps them.
-        compile: whether ours compiles: auto, on or off.
-        share_memory: whether ranks of ours exchange through memory where they can.
+        scheme: the way our engine quantizes the weights as they are read; None keeps them.
+        compile: whether our engine compiles: auto, on or off.
+        share_memory: whether our ranks exchange through memory where they can.
         amx: when llama.cpp uses its kernels for the processor's matrix units: always, in decode, or never.
     """
 
@@ -78,20 +78,20 @@ class Peer(Protocol):
     """An engine in its own process; `load` comes once, `run` often."""
 
     def load(self, setup: Any) -> None:
-        """Read the weights; a `Setup`, or one that says more."""
+        """Read the weights; `setup` is a `Setup` or a subclass of it."""
 
     def run(self, *task: Any) -> Any:
-        """One measured run, such as greedy decoding of one first token and `new_tokens` more for every prompt."""
+        """Measure one run, such as greedy decoding of a first token and `new_tokens` more for every prompt."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A peer as the report knows it.
+    """A sort of peer, under the name that the report gives it.
 
     Args:
         make: its class.
-        label: what a reader calls it.
-        package: whose version is reported; None for this repository.
+        label: the name in tables and charts.
+        package: the package whose version is reported; None for this repository.
     """
 
     make: type[Peer]
@@ -100,15 +100,29 @@ class Kind:
 
     @property
     def version(self) -> str:
-        """Installed version of the package behind it."""
+        """The installed version of the package behind the peer."""
         try:
             return importlib.metadata.version(self.package or "llama-shards")
         except importlib.metadata.PackageNotFoundError:
             return "not installed"
 
 
+def choose_bench_device(device: str) -> torch.device:
+    """Return the device of all peers: CUDA where there is a card, else the CPU.
+
+    Raises:
+        LlamaError: for a device that is not there, or one whose time and memory are not measured.
+    """
+    chosen = choose_device(device)
+    if device == "auto" and chosen.type == "mps":
+        return torch.device("cpu")
+    if chosen.type == "mps":
+        raise LlamaError("device 'mps' is not measured: use --device cpu")
+    return chosen
+
+
 def synchronize(device: torch.device) -> None:
-    """Wait for the card, so that the clock sees its work."""
+    """Wait until the card has done its work, so that the clock counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -116,13 +130,13 @@ def synchronize(device: torch.device) -> None:
 # -- memory ----------------------------------------------------------------------------------------
 
 
-def resident() -> int:
-    """Bytes of this process's resident set now, mapped pages counted; 0 where the system does not tell."""
+def _resident() -> int:
+    """Return the bytes of this process's resident set now, mapped pages counted; 0 where the system does not tell."""
     return _status_bytes("VmRSS") or 0
 
 
-def peak(device: torch.device) -> int:
-    """Bytes at the peak: of the card's allocator on CUDA, else of the resident set.
+def _peak(device: torch.device) -> int:
+    """Return the bytes at the peak: of the card's allocator on CUDA, else of the resident set.
 
     `ru_maxrss` is not asked where Linux can tell: a process inherits the peak of the one that started it.
     """
@@ -147,7 +161,7 @@ def _status_bytes(name: str) -> int | None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank tells after loading: seconds, and bytes resident before it."""
+    """A rank's report on loading: seconds taken, and bytes resident before."""
 
     seconds: float
     baseline_bytes: int
@@ -155,16 +169,16 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank holds: bytes at the peak and now."""
+    """Bytes that a rank holds, at the peak and now."""
 
     peak_bytes: int
     resident_bytes: int
 
 
 def _serve(kind: Kind, setup: Setup, rank: int, port: int, pipe: Connection) -> None:
-    """A rank of a peer: loads, then answers tasks until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends us
-    tqdm.set_lock(threading.RLock())  # its own would be left behind in the system
+    """Be one rank of a peer: load, then answer tasks until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C and ends this process
+    tqdm.set_lock(threading.RLock())  # tqdm's default lock would be left behind in the system
     os.environ |= {
         "RANK": str(rank), "WORLD_SIZE": str(setup.world_size), "LOCAL_RANK": str(rank),
         "LOCAL_WORLD_SIZE": str(setup.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -172,13 +186,13 @@ def _serve(kind: Kind, setup: Setup, rank: int, port: int, pipe: Connection) -> 
     try:
         device = choose_device(setup.device)
         set_threads(max(1, setup.threads // setup.world_size))
-        before, started = resident(), time.perf_counter()
+        before, started = _resident(), time.perf_counter()
         peer = kind.make()
         peer.load(setup)
         synchronize(device)
         pipe.send((True, Loaded(time.perf_counter() - started, before)))
         while (task := pipe.recv()) is not None:
-            pipe.send((True, Memory(peak(device), resident()) if task == "memory" else peer.run(*task)))
+            pipe.send((True, Memory(_peak(device), _resident()) if task == "memory" else peer.run(*task)))
     except EOFError:
         pass
     except LlamaError as error:
@@ -189,12 +203,12 @@ def _serve(kind: Kind, setup: Setup, rank: int, port: int, pipe: Connection) -> 
 
 
 class Running:
-    """A peer in processes of its own; ask for one with `with Running(...) as peer`.
+    """A peer in processes of its own, which a `with` statement starts and ends.
 
     Args:
-        name: of `kinds`.
-        setup: its weights, ranks and threads.
-        kinds: the engines that are compared.
+        name: a key of `kinds`.
+        setup: the way it is started.
+        kinds: all sorts of peers by name.
     """
 
     def __init__(self, name: str, setup: Setup, kinds: Mapping[str, Kind]) -> None:
@@ -226,7 +240,7 @@ class Running:
             process.join()
 
     def run(self, prompts: Prompts, new_tokens: int) -> Timing:
-        """One measured run; the slowest rank's time counts."""
+        """Measure one run; the slowest rank's time counts."""
         timings = self.ask((prompts, new_tokens))
         return Timing(
             max(timing.prefill_seconds for timing in timings),
@@ -235,17 +249,17 @@ class Running:
         )
 
     def memory(self) -> list[Memory]:
-        """What each rank holds, in order."""
+        """Return what each rank holds, in order."""
         return self.ask("memory")
 
     def ask(self, task: Any) -> list[Any]:
-        """What each rank's `run` answers to the arguments in `task`."""
+        """Call `run(*task)` on each rank; return the answers in order."""
         for pipe in self.pipes:
             pipe.send(task)
         return self._answers()
 
     def _answers(self) -> list[Any]:
-        """One answer a rank; the first failure is raised."""
+        """Return one answer a rank; raise the first failure."""
         answers: dict[int, Any] = {}
         while len(answers) < len(self.pipes):
             waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in answers]

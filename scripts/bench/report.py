@@ -1,4 +1,4 @@
-"""What reports of benchmarks share: the machine, medians with their spread, words and files.
+"""The parts that the reports of all benchmarks share: the machine, medians with their spread, files and charts.
 
 Every JSON file begins with
 
@@ -9,34 +9,58 @@ Every JSON file begins with
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from llama.env import notice
 from llama.errors import LlamaError
 
 Report = dict[str, Any]
 
+# Told apart by every kind of eye (Okabe and Ito).
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#BBBBBB")
 
-def sizes(flag: str, text: str) -> list[int]:
-    """The numbers in a flag's `8,32`."""
+
+def parse_sizes(flag: str, text: str) -> list[int]:
+    """Return the numbers in a flag's text, such as `8,32`.
+
+    Raises:
+        LlamaError: for anything but whole numbers from 1 on.
+    """
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise LlamaError(f"--{flag} takes numbers from 1 on, such as 8,32, not {text!r}")
     return [int(word) for word in words]
 
 
-def machine(device: torch.device) -> Report:
-    """What ran this."""
+# -- the beginning ---------------------------------------------------------------------------------
+
+
+def beginning(device: torch.device) -> Report:
+    """Return the entries that every report begins with: date, command and machine."""
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"date": date, "command": _command(), "machine": _machine(device)}
+
+
+def _command() -> list[str]:
+    """Return the words that start this process again: python with the file or with `-m` and the module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = [sys.argv[0]] if spec is None else ["-m", spec.name]
+    return ["python", *program, *sys.argv[1:]]
+
+
+def _machine(device: torch.device) -> Report:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": _cpu_model(),
@@ -59,18 +83,8 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def now() -> str:
-    """The date and time, to a second, with its zone."""
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def beginning(device: torch.device) -> Report:
-    """What every report begins with: date, command and machine."""
-    return {"date": now(), "command": ["python", *sys.argv], "machine": machine(device)}
-
-
 def beginning_lines(report: Report) -> list[str]:
-    """The same for people: the machine, then when and by which command."""
+    """Return the beginning as two lines of a table: the machine, then the date and the command."""
     host = report["machine"]
     card = f", {host['card']}" if host["card"] else ""
     return [
@@ -80,30 +94,60 @@ def beginning_lines(report: Report) -> list[str]:
     ]
 
 
+# -- numbers ---------------------------------------------------------------------------------------
+
+
 def spread(values: Sequence[float]) -> Report:
-    """Median, smallest and largest."""
+    """Return the median, the smallest and the largest value."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def cell(speed: Report) -> str:
-    """A median with its spread, as a table shows it."""
+    """Return a median with its spread as a cell of a table."""
     digits = 0 if speed["median"] >= 1000 else 1 if speed["median"] >= 10 else 2
     return f"{speed['median']:.{digits}f} ({speed['min']:.{digits}f}–{speed['max']:.{digits}f})"
 
 
-def write_json(path: str, report: Report) -> None:
-    """Write the report beside and rename it, so that no half of a file is left."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+# -- files -----------------------------------------------------------------------------------------
 
 
-def give_out(
+def write_report(
     report: Report, text: str, output_json: str | None, chart: str | None, draw: Callable[[Report, str], None]
 ) -> None:
-    """Print the table, and write the file and the chart that were asked for."""
+    """Print the table `text`, and write the JSON file and the chart where their paths are given."""
     print(text)
     if output_json is not None:
         write_json(output_json, report)
     if chart is not None:
         draw(report, chart)
+
+
+def write_json(path: str, report: Report) -> None:
+    """Write the report to `path`, under another name until the file is whole."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@contextlib.contextmanager
+def panels(path: str, n_rows: int, n_columns: int) -> Iterator[Sequence[Sequence[Any]]]:
+    """Yield the axes of a chart, row by row, then write the chart to `path` as PNG.
+
+    Without matplotlib the user is told that there is no chart, and no row is yielded.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        notice(f"no chart in {path}: it needs matplotlib, pip install -e '.[plots]'")
+        yield []
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, rows = pyplot.subplots(n_rows, n_columns, figsize=(5 * n_columns, 3.2 * n_rows), squeeze=False)
+    yield list(rows)
+    for axes in rows.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)

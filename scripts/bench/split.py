@@ -1,11 +1,11 @@
-"""Splitting a checkpoint beside a plain `cp` of the same files: seconds, their ratio, and peak memory.
+"""Times of splitting a checkpoint beside a plain `cp` of the same files, their ratio, and peak memory.
 
     python scripts/bench/split.py --quick                        # a toy model
     python scripts/bench/split.py --folder /some/disk --n 4      # 13.5 GB of Llama 2 7B, three times that on disk
 
-The two take turns, each in a process of its own; the page cache is what the machine leaves of it, the same for both.
-The JSON file holds date, command, machine, settings, seconds of every run ("copy", "split"), their medians, the
-ratio split / copy, and peak_resident_bytes of the splitting process (as `/usr/bin/time -v` counts it).
+The two take turns, each in a process of its own, with the same page cache. The JSON file holds date, command and
+machine as in `report.py`, settings, seconds of every run ("copy", "split"), their medians, the ratio split / copy, and
+peak_resident_bytes of the splitting process (as `/usr/bin/time -v` counts them).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from report import machine, now, write_json
 from tqdm import tqdm
 
 from llama.checkpoint.params import to_params
@@ -32,13 +31,14 @@ from llama.cli import run
 from llama.config import ModelArgs
 from llama.config import geometry as published_geometry
 from llama.errors import LlamaError
+from scripts.bench.report import beginning, write_json
+from scripts.bench.weights import TINY
 
-TINY = ModelArgs(dim=256, n_layers=4, n_heads=8, n_kv_heads=4, vocab_size=1024, multiple_of=128)
 RANDOM_BYTES = 16 << 20
 
 
 def write_random(folder: Path, args: ModelArgs) -> int:
-    """Write `consolidated.00.pth` in fp16, of random bytes; returns their number."""
+    """Write `consolidated.00.pth` in fp16, of random bytes; return their number."""
     folder.mkdir(parents=True)
     layout = {name: (spec.shape, torch.float16) for name, spec in specs(args).items()}
     noise = torch.randint(0, 2**15, (RANDOM_BYTES // 2,), dtype=torch.int16).view(torch.float16)
@@ -59,7 +59,7 @@ def write_random(folder: Path, args: ModelArgs) -> int:
 
 
 def timed(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak resident bytes of a command run to its end."""
+    """Run a command to its end; return its seconds and peak resident bytes."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -83,7 +83,7 @@ def main(
     Args:
         geometry: a published geometry.
         n: shards to write.
-        folder: where to work; by default a temporary folder.
+        folder: to work in; by default a temporary folder.
         repeats: runs of each; the median counts.
         output_json: write the figures to this file.
         quick: a toy model and one run of each.
@@ -112,8 +112,8 @@ def main(
     if output_json is not None:
         settings = {"geometry": geometry, "n": n, "bytes": n_bytes, "repeats": repeats}
         report = {
-            "date": now(), "command": sys.argv, "machine": machine(torch.device("cpu")), "settings": settings,
-            "seconds": seconds, "medians": medians, "ratio": ratio, "peak_resident_bytes": peak,
+            **beginning(torch.device("cpu")), "settings": settings, "seconds": seconds, "medians": medians,
+            "ratio": ratio, "peak_resident_bytes": peak,
         }  # fmt: skip
         write_json(output_json, report)
 

@@ -1,4 +1,4 @@
-"""Prompt tuning in our loop beside `transformers.Trainer` with PEFT, on the same weights, records and batches.
+"""Speed of prompt tuning in our loop beside `transformers.Trainer` with PEFT, on the same weights and batches.
 
     python scripts/bench/training.py --quick                                    # a toy model, under a minute
     python scripts/bench/training.py --dataset alpaca_data.json --tokenizer_path tokenizer.model \\
@@ -6,9 +6,9 @@
     python scripts/bench/training.py --device cuda --geometry llama-2-7b --batch_sizes 8 --peak_tflops 989
 
 Each loop runs in a process of its own and stays loaded; rounds of a few steps take turns, so that whatever else the
-machine does meets all of them. A first round is not counted, but its losses are. All take the same batches, start from
-the same prompt and use the same AdamW. Trainer computes in the faster of its two settings for 16 bit, which a
-trial decides: the frozen model held in it, or `bf16=True`. What the JSON file holds stands in `training_report.py`.
+machine does meets all of them. A first round is not timed, but its losses are reported. All take the same batches,
+start from the same prompt and use the same AdamW. Trainer computes in 16 bit in the faster of its two ways, which a
+trial finds: the frozen model held in 16 bit, or `bf16=True`. `training_report.py` documents the JSON file.
 """
 
 from __future__ import annotations
@@ -17,20 +17,13 @@ import contextlib
 import dataclasses
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from inference import bench_device
-from peers import Running
-from report import give_out, sizes
-from training_peers import LOOPS, Steps, TrainingSetup
-from training_report import Measured, build_report, chart, table
-from weights import model_args, prepared_weights
 
 from llama import env
+from llama.checkpoint.table import n_unique_params
 from llama.cli import run
 from llama.config import ModelArgs
-from llama.data.batches import Order
 from llama.data.examples import Example, encode_records
 from llama.data.records import read_records
 from llama.device import choose_dtype, set_threads
@@ -39,36 +32,19 @@ from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
 from llama.plan.advice import NAMES
 from llama.tokenizer import load_tokenizer
+from scripts.bench.peers import Running, choose_bench_device
+from scripts.bench.report import parse_sizes, write_report
+from scripts.bench.training_peers import LOOPS, Steps, TrainingCase, TrainingSetup
+from scripts.bench.training_report import Measured, build_report, draw, table
+from scripts.bench.weights import model_args, prepared_weights
 
-# What Alpaca's two templates take in Llama's tokenizer: words that all share, then those of either.
+# Tokens of Alpaca's two templates in Llama's tokenizer: the opening that both share, then the rest of each.
 OPENING, STEMS = 9, (30, 28)
 TRIAL_STEPS = 2
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What every loop is asked to do.
-
-    Args:
-        examples: taken in the order of `seed`.
-        steps: of a round.
-        rounds: counted ones.
-    """
-
-    examples: list[Example]
-    steps: int
-    rounds: int
-    seed: int
-
-    def batches(self, batch_size: int, round_number: int) -> list[list[Example]]:
-        """One a step; rounds never share a batch while there are others."""
-        order = Order(len(self.examples), batch_size, self.seed)
-        steps = range(round_number * self.steps, (round_number + 1) * self.steps)
-        return [[self.examples[i] for batch in order.step_batches(step) for i in batch] for step in steps]
-
-
 def synthetic(vocab_size: int, n: int, longest: int, seed: int) -> list[Example]:
-    """Random tokens where no records are given: two templates that open alike, tasks and answers of any length."""
+    """Return examples of random tokens: two templates that open alike, tasks and answers of many lengths."""
     rng = random.Random(seed)
     words = [rng.randrange(3, vocab_size) for _ in range(OPENING + sum(STEMS))]
     stems = [words[: OPENING + STEMS[0]], words[:OPENING] + words[OPENING + STEMS[0] :]]
@@ -86,7 +62,7 @@ def synthetic(vocab_size: int, n: int, longest: int, seed: int) -> list[Example]
 def read_examples(
     args: ModelArgs, dataset: str | None, tokenizer_path: str | None, max_seq_len: int, seed: int
 ) -> list[Example]:
-    """The records in Alpaca's templates, or synthetic ones."""
+    """Return the records in Alpaca's templates, or synthetic examples where no records are given."""
     if dataset is None or tokenizer_path is None:
         if dataset is not None or tokenizer_path is not None:
             raise LlamaError("--dataset and --tokenizer_path belong together: give both, or neither for random tokens")
@@ -102,14 +78,14 @@ def read_examples(
     return encoded.examples
 
 
-def fastest_trainer(setup: TrainingSetup, work: Workload, batch_size: int) -> tuple[str, dict[str, float]]:
-    """Which of Trainer's ways to compute in 16 bit takes less time here, and the seconds of both."""
+def fastest_trainer(setup: TrainingSetup, case: TrainingCase, batch_size: int) -> tuple[str, dict[str, float]]:
+    """Try Trainer's two ways to compute in 16 bit; return the suffix of the faster loop's name, and both times."""
     if setup.dtype != "bf16":
         return "", {}
     seconds: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
         loops = [stack.enter_context(Running(name, setup, LOOPS)) for name in ("hf", "hf_autocast")]
-        batch = work.batches(batch_size, 0)[:1]
+        batch = case.batches(batch_size, 0)[:1]
         for number in range(1 + TRIAL_STEPS):
             for loop in loops:
                 (taken,) = loop.ask((batch,))
@@ -119,17 +95,17 @@ def fastest_trainer(setup: TrainingSetup, work: Workload, batch_size: int) -> tu
     return ("_autocast" if seconds["hf_autocast"] < seconds["hf"] else ""), seconds
 
 
-def measure(names: Sequence[str], setup: TrainingSetup, work: Workload, batch_size: int) -> dict[str, Measured]:
-    """What each loop took, their rounds taking turns."""
+def measure(names: Sequence[str], setup: TrainingSetup, case: TrainingCase, batch_size: int) -> dict[str, Measured]:
+    """Measure the loops, whose rounds take turns."""
     with contextlib.ExitStack() as stack:
         loops = [stack.enter_context(Running(name, setup, LOOPS)) for name in names]
         rounds: dict[str, list[Steps]] = {name: [] for name in names}
-        for number in range(work.rounds + 1):
-            batches = work.batches(batch_size, number)
+        for number in range(case.rounds + 1):
+            batches = case.batches(batch_size, number)
             for loop in loops:
                 rounds[loop.name] += loop.ask((batches,))
             took = ", ".join(f"{name} {steps[-1].seconds:.2f} s" for name, steps in rounds.items())
-            notice(f"batch {batch_size}, {f'round {number} of {work.rounds}' if number else 'warm-up'}: {took}")
+            notice(f"batch {batch_size}, {f'round {number} of {case.rounds}' if number else 'warm-up'}: {took}")
         return {loop.name: Measured(loop.kind, rounds[loop.name], loop.memory()[0], loop.loaded[0]) for loop in loops}
 
 
@@ -164,13 +140,13 @@ def main(
         device: auto, cpu or cuda, for all.
         threads: CPU threads; by default all cores.
         batch_sizes: examples a step, such as 8,32; each is measured by itself.
-        num_virtual_tokens: of the prompt.
+        num_virtual_tokens: virtual tokens of the prompt.
         max_seq_len: tokens at which examples are cut, and to which the padded loop pads.
         steps: of a round; 2, or 3 with --quick.
         rounds: counted rounds of each loop; medians are over rounds.
         lr: constant learning rate.
         padded: whether Trainer padding every example to max_seq_len is measured too, at the first batch size.
-        peak_tflops: what the card computes at most; the share of it that real tokens use is reported (MFU).
+        peak_tflops: the most that the card computes; the share that real tokens use is reported (MFU).
         seed: of weights, the prompt and the order.
         output_json: write everything measured to this file.
         chart_path: draw speed and losses into this PNG.
@@ -186,24 +162,24 @@ def main(
     check_writable(chart_path)
     geometry = geometry or ("tiny" if quick else "110m")
     max_seq_len = min(max_seq_len, 128) if quick else max_seq_len
-    wanted = sizes("batch_sizes", batch_sizes or ("4" if quick else "8,32"))
-    where, args = bench_device(device), model_args(geometry)
-    compute = choose_dtype(dtype or ("fp32" if quick else "bf16"), where, torch.bfloat16, args.n_unique_params)
+    wanted = parse_sizes("batch_sizes", batch_sizes or ("4" if quick else "8,32"))
+    where, args = choose_bench_device(device), model_args(geometry)
+    compute = choose_dtype(dtype or ("fp32" if quick else "bf16"), where, torch.bfloat16, n_unique_params(args))
     examples = read_examples(args, dataset, tokenizer_path, max_seq_len, seed)
-    work = Workload(examples, steps or (3 if quick else 2), rounds, seed)
+    case = TrainingCase(examples, steps or (3 if quick else 2), rounds, seed)
     generator = torch.Generator().manual_seed(seed)
     # Of the size of the random weights' embeddings.
     prompt = torch.randn(num_virtual_tokens, args.dim, generator=generator) * args.dim**-0.5
     setup = TrainingSetup("", NAMES[compute], str(where), set_threads(threads), 1, None, prompt, lr, max_seq_len)
     with prepared_weights(geometry, None, compute, keep_dir, seed) as weights:
         setup = dataclasses.replace(setup, folder=weights.ours)
-        way, trial = fastest_trainer(setup, work, wanted[0])
+        way, trial = fastest_trainer(setup, case, wanted[0])
         found = {}
         for size in wanted:
             names = ["ours", f"hf{way}"] + ([f"hf_padded{way}"] if padded and size == wanted[0] else [])
-            found[size] = measure(names, setup, work, size)
-    report = build_report(found, work, setup, geometry, args, trial, peak_tflops, where)
-    give_out(report, table(report), output_json, chart_path, chart)
+            found[size] = measure(names, setup, case, size)
+    report = build_report(found, case, setup, geometry, args, trial, peak_tflops, where)
+    write_report(report, table(report), output_json, chart_path, draw)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two loops of prompt tuning for `training.py`: ours, and `transformers.Trainer` with PEFT in several settings."""
+"""Prompt-tuning loops for `training.py`: ours, and `transformers.Trainer` with PEFT in several ways; their work."""
 
 from __future__ import annotations
 
@@ -6,28 +6,49 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from peers import Kind, Setup, synchronize
 from torch import Tensor
 
+from llama.data.batches import Order
+from llama.data.examples import Example
 from llama.device import DTYPES, choose_device
 from llama.errors import LlamaError
+from scripts.bench.peers import Kind, Setup, synchronize
 
-if TYPE_CHECKING:
-    from llama.data.examples import Example
-
-Batches = Sequence[Sequence["Example"]]
+Batches = Sequence[Sequence[Example]]
 MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
-class TrainingSetup(Setup):
-    """What a loop needs to know besides.
+class TrainingCase:
+    """The work of every loop.
 
     Args:
-        prompt: [P, E] float32, what the virtual tokens start from.
+        examples: taken in the order of `seed`.
+        steps: of a round.
+        rounds: counted ones.
+    """
+
+    examples: list[Example]
+    steps: int
+    rounds: int
+    seed: int
+
+    def batches(self, batch_size: int, round_number: int) -> list[list[Example]]:
+        """Return one batch a step; rounds never share a batch while there are others."""
+        order = Order(len(self.examples), batch_size, self.seed)
+        steps = range(round_number * self.steps, (round_number + 1) * self.steps)
+        return [[self.examples[i] for batch in order.step_batches(step) for i in batch] for step in steps]
+
+
+@dataclass(frozen=True)
+class TrainingSetup(Setup):
+    """The way a loop is started.
+
+    Args:
+        prompt: [P, E] float32, the first values of the virtual tokens.
         lr: learning rate of AdamW, constant and without weight decay.
         max_seq_len: tokens to which every example is padded where a loop does so.
     """
@@ -42,8 +63,8 @@ class Steps:
     """Some measured optimiser steps.
 
     Args:
-        seconds: of all of them, on the clock.
-        cpu_seconds: of the processor over all threads, those that wait included.
+        seconds: of all steps, on the clock.
+        cpu_seconds: of the processor over all threads, waiting ones included.
         losses: of each step, before its update.
     """
 
@@ -53,7 +74,7 @@ class Steps:
 
 
 class Clock:
-    """Seconds since it was made, on the clock and of the processor."""
+    """A clock that starts when it is made, and counts seconds and those of the processor."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -61,13 +82,13 @@ class Clock:
         self.started = time.perf_counter(), time.process_time()
 
     def steps(self, losses: list[float]) -> Steps:
-        """The steps that were taken since."""
+        """Return the steps with these losses, taken since the start."""
         synchronize(self.device)
         return Steps(time.perf_counter() - self.started[0], time.process_time() - self.started[1], losses)
 
 
 class OurLoop:
-    """Our optimiser step."""
+    """Our loop."""
 
     def load(self, setup: TrainingSetup) -> None:
         """Read the weights and freeze them."""
@@ -87,7 +108,7 @@ class OurLoop:
         self.stepper = Stepper(model, tuning, optimizer, MAX_GRAD_NORM)
 
     def run(self, batches: Batches) -> Steps:
-        """One step a batch."""
+        """Take one step a batch."""
         clock = Clock(self.device)
         return clock.steps([self.stepper.run(step, [batch]).loss for step, batch in enumerate(batches)])
 
@@ -96,8 +117,8 @@ class TrainerLoop:
     """`transformers.Trainer` with PEFT's prompt tuning; each batch is padded to its longest example.
 
     Args:
-        autocast: whether weights stay in float32 and `bf16=True` computes in the setup's dtype; else the
-            frozen model is held in it.
+        autocast: whether the weights stay in float32 and `bf16=True` computes in the setup's dtype; else the frozen
+            model is held in this dtype.
         padded: whether every example is padded to `max_seq_len`.
     """
 
@@ -106,7 +127,7 @@ class TrainerLoop:
         self.losses: list[float] = []
 
     def load(self, setup: TrainingSetup) -> None:
-        """Read the weights, and give PEFT's prompt the values that ours starts from."""
+        """Read the weights, and start PEFT's prompt from the setup's."""
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             os.environ.pop(name, None)  # Trainer would start process groups for a world of one
         os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -132,7 +153,7 @@ class TrainerLoop:
 
     def _trainer(self, transformers: Any) -> Any:
         class InOrder(transformers.Trainer):
-            """Takes the batches as they come."""
+            """A Trainer that takes the batches as they come."""
 
             def get_train_dataloader(self) -> Any:
                 return torch.utils.data.DataLoader(self.train_dataset, batch_size=None)
@@ -152,7 +173,7 @@ class TrainerLoop:
         loop = self
 
         class Timekeeper(base):
-            """What is done once, before the first step of a round, is not counted."""
+            """A clock that starts at the first step of a round, after all that is done once."""
 
             def on_train_begin(self, *_: Any, **__: Any) -> None:
                 loop.losses, loop.clock = [], Clock(loop.device)
@@ -165,7 +186,7 @@ class TrainerLoop:
         return Timekeeper()
 
     def run(self, batches: Batches) -> Steps:
-        """One step a batch; collating them counts, as packing does for ours."""
+        """Take one step a batch; collating counts, as packing does in our loop."""
         self.trainer.train_dataset = _Collated(batches, self.setup.max_seq_len if self.padded else None)
         self.trainer.args.max_steps = len(batches)
         self.trainer.train()
@@ -173,28 +194,28 @@ class TrainerLoop:
 
 
 class AutocastLoop(TrainerLoop):
-    """With `bf16=True`."""
+    """Trainer with `bf16=True`."""
 
     def __init__(self) -> None:
         super().__init__(autocast=True)
 
 
 class PaddedLoop(TrainerLoop):
-    """With every example padded to `max_seq_len`."""
+    """Trainer with every example padded to `max_seq_len`."""
 
     def __init__(self) -> None:
         super().__init__(padded=True)
 
 
 class PaddedAutocastLoop(TrainerLoop):
-    """With both."""
+    """Trainer with `bf16=True` and every example padded to `max_seq_len`."""
 
     def __init__(self) -> None:
         super().__init__(autocast=True, padded=True)
 
 
 class _Collated(torch.utils.data.Dataset):
-    """Batches as Trainer takes them: the prompt and the padding are masked by label -100."""
+    """Batches in Trainer's form, with label -100 on the prompt and the padding."""
 
     def __init__(self, batches: Batches, length: int | None) -> None:
         self.batches, self.length = batches, length
@@ -216,7 +237,6 @@ class _Collated(torch.utils.data.Dataset):
         return columns
 
 
-HELD, AUTOCAST = "held in the dtype", "bf16=True"
 LOOPS = {
     "ours": Kind(OurLoop, "ours"),
     "hf": Kind(TrainerLoop, "Trainer, padded to longest", "transformers"),

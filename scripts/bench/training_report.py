@@ -1,4 +1,4 @@
-"""What `training.py` found: a table, a JSON file and a chart.
+"""Reports of `training.py`: a table, a JSON file and a chart.
 
 The JSON file is one object:
 
@@ -6,7 +6,7 @@ The JSON file is one object:
     model           name, n_params (a tied table once), args (every field of ModelArgs)
     settings        dtype, device, threads, num_virtual_tokens, max_seq_len, lr, steps (of a round), rounds, seed,
                     n_examples (of the data set), peak_tflops
-    trial           Trainer's loop to seconds in the trial that chose its setting for bf16; empty for other dtypes
+    trial           Trainer's loop to seconds in the trial that chose its way to compute in bf16; empty for other dtypes
     batches         by batch size (as text): n_examples and n_tokens (of each counted round: real tokens, no padding and
                     no virtual ones), and
         loops       by name ("ours", "hf", "hf_padded", the latter two with "_autocast" where that was faster):
@@ -18,8 +18,8 @@ The JSON file is one object:
                     cpu_seconds (that loop's divided by ours), peak_memory (ours divided by that loop's),
                     loss_difference (largest of any step)}
 
-MFU is that of the computation one cannot avoid: four operations a parameter of the linears and real token, two
-forward and two for the gradient of the input, as frozen weights need none.
+MFU counts only operations that cannot be avoided: four a parameter of the linears and real token, two forward and two
+for the gradient of the input; frozen weights need no gradient.
 """
 
 from __future__ import annotations
@@ -28,25 +28,22 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import charts
 import torch
-from peers import Kind, Loaded, Memory
-from report import Report, beginning, beginning_lines, cell, spread
-from training_peers import Steps, TrainingSetup
 
+from llama.checkpoint.table import n_params, n_unique_params
 from llama.config import ModelArgs
-
-if TYPE_CHECKING:
-    from training import Workload
+from scripts.bench.peers import Kind, Loaded, Memory
+from scripts.bench.report import Report, beginning, beginning_lines, cell, panels, spread
+from scripts.bench.training_peers import Steps, TrainingCase, TrainingSetup
 
 COLOURS = {"ours": "#0072B2", "hf": "#E69F00", "hf_padded": "#BBBBBB"}
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A loop's rounds, the warm-up first, and its memory in the end."""
+    """A loop's rounds, the warm-up first, and its memory at the end."""
 
     kind: Kind
     rounds: Sequence[Steps]
@@ -56,7 +53,7 @@ class Measured:
 
 def build_report(
     found: Mapping[int, Mapping[str, Measured]],
-    work: Workload,
+    case: TrainingCase,
     setup: TrainingSetup,
     geometry: str,
     args: ModelArgs,
@@ -64,26 +61,26 @@ def build_report(
     peak_tflops: float | None,
     device: torch.device,
 ) -> Report:
-    """What the head of this file documents."""
-    flops = 4 * (args.n_params - args.vocab_size * args.dim) / (peak_tflops * 1e12) if peak_tflops else None
+    """Return the report that the head of this file documents."""
+    flops = 4 * (n_params(args) - args.vocab_size * args.dim) / (peak_tflops * 1e12) if peak_tflops else None
     return {
         **beginning(device),
-        "model": {"name": geometry, "n_params": args.n_unique_params, "args": dataclasses.asdict(args)},
+        "model": {"name": geometry, "n_params": n_unique_params(args), "args": dataclasses.asdict(args)},
         "settings": {
             "dtype": setup.dtype, "device": setup.device, "threads": setup.threads,
             "num_virtual_tokens": len(setup.prompt), "max_seq_len": setup.max_seq_len, "lr": setup.lr,
-            "steps": work.steps, "rounds": work.rounds, "seed": work.seed, "n_examples": len(work.examples),
+            "steps": case.steps, "rounds": case.rounds, "seed": case.seed, "n_examples": len(case.examples),
             "peak_tflops": peak_tflops,
         },
         "trial": dict(trial),
-        "batches": {str(size): _of_batch(size, loops, work, setup, flops) for size, loops in found.items()},
+        "batches": {str(size): _of_batch(size, loops, case, setup, flops) for size, loops in found.items()},
     }  # fmt: skip
 
 
 def _of_batch(
-    size: int, loops: Mapping[str, Measured], work: Workload, setup: TrainingSetup, flops: float | None
+    size: int, loops: Mapping[str, Measured], case: TrainingCase, setup: TrainingSetup, flops: float | None
 ) -> Report:
-    rounds = [work.batches(size, number) for number in range(1, work.rounds + 1)]
+    rounds = [case.batches(size, number) for number in range(1, case.rounds + 1)]
     n_examples = [sum(len(batch) for batch in batches) for batches in rounds]
     n_tokens = [sum(len(example.tokens) for batch in batches for example in batch) for batches in rounds]
     measured = {name: _of_loop(loop, n_examples, n_tokens, setup, flops) for name, loop in loops.items()}
@@ -122,11 +119,11 @@ def _ratio(ours: Report, theirs: Report) -> Report:
     }
 
 
-# -- for people ------------------------------------------------------------------------------------
+# -- table and chart -------------------------------------------------------------------------------
 
 
 def table(report: Report) -> str:
-    """The report as text of at most about 110 columns."""
+    """Return the report as text of at most about 110 columns."""
     return "\n".join(_heading(report) + [line for size in report["batches"] for line in _rows(report, size)])
 
 
@@ -160,10 +157,10 @@ def _rows(report: Report, size: str) -> list[str]:
     return lines
 
 
-def chart(report: Report, path: str) -> None:
+def draw(report: Report, path: str) -> None:
     """Draw speed and losses of every batch size into a PNG."""
     batches = report["batches"]
-    with charts.panels(path, len(batches), 2) as rows:
+    with panels(path, len(batches), 2) as rows:
         for (size, batch), (speed, losses) in zip(batches.items(), rows, strict=False):
             _draw_speed(speed, batch, size)
             _draw_losses(losses, batch)

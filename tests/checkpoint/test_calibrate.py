@@ -66,7 +66,7 @@ def test_every_matrix_of_the_scheme_comes_once_in_its_form(folder: Path, scheme:
 def test_int4_is_chosen_and_the_rest_rounded_to_the_nearest(folder: Path) -> None:
     found = matrices(folder, Scheme.create("int4", 32, "int8", "int4"))
     for name, packed in found.items():
-        form = Scheme.create("int4", 32, "int8", "int4").form(name, open_checkpoint(folder).args)
+        form = specs(open_checkpoint(folder).args, Scheme.create("int4", 32, "int8", "int4"))[name].form
         assert form is not None
         nearest = all(map(torch.equal, packed, quantize(stored(folder, name), form)))
         assert nearest == (name in ("output.weight", "tok_embeddings.weight")), name
@@ -150,7 +150,7 @@ def test_int8_linears_let_the_output_layer_be_calibrated(folder: Path) -> None:
     scheme = dataclasses.replace(Scheme.create("int8"), output=INT4.linears)
     found = matrices(folder, scheme)
     for name, packed in found.items():
-        form = scheme.form(name, open_checkpoint(folder).args)
+        form = specs(open_checkpoint(folder).args, scheme)[name].form
         assert form is not None
         assert all(map(torch.equal, packed, quantize(stored(folder, name), form))) == (name != "output.weight"), name
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,
@@ -35,11 +34,13 @@ from llama.checkpoint.convert import convert
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.split import split
+from llama.checkpoint.table import specs
 from llama.errors import CheckpointError, LlamaError, QuantizationError
 from llama.export.gguf import export_gguf
 from llama.kernels.formats import quantize
 from llama.quantization.scheme import Scheme
 from llama.tokenizer import load_tokenizer
+from scripts.bench.counters import peak_bytes
 
 OnRanks = Callable[..., list]
 
@@ -74,7 +75,7 @@ def test_files_hold_integers_and_scales(original: Path, written: dict[str, Path]
     folder, scheme, args = written[name], SCHEMES[name], open_checkpoint(original).args
     expected = {}
     for tensor, weight in meta_state(wide_model()).items():
-        form = scheme.form(tensor, args)
+        form = specs(args, scheme)[tensor].form
         if form is None:
             expected[tensor] = weight.bfloat16()
         else:
@@ -228,7 +229,7 @@ class Nowhere:
 
 
 def test_memory_is_a_few_rows(original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llama.checkpoint.quantize.PthWriter", Nowhere)
+    monkeypatch.setattr("llama.checkpoint.save.PthWriter", Nowhere)
     monkeypatch.setattr(rows, "CHUNK_BYTES", 64 << 10)
     monkeypatch.setattr(files, "PIECE_BYTES", 64 << 10)
     checkpoint = open_checkpoint(original)

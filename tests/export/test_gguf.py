@@ -30,6 +30,7 @@ from support import LLAMA3_ROPE, hf_model, meta_state, sp_twin, write_hf, write_
 
 from llama import Llama, load_tokenizer
 from llama.chat import Dialog, chat_format
+from llama.checkpoint import rows
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.table import specs
 from llama.data.templates import PlainFormat
@@ -193,7 +194,7 @@ def expected_values(weight: torch.Tensor, type_name: str) -> torch.Tensor:
 def test_every_value_is_what_the_type_makes_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, layout: str, type_name: str
 ) -> None:
-    monkeypatch.setattr(export, "CHUNK_BYTES", 5000)  # several pieces a tensor, of uneven size
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 5000)  # several pieces a tensor, of uneven size
     folder = write_model(tmp_path / "model", name, layout, torch_dtype=torch.float32)
     args = open_checkpoint(folder).args
     found = read_tensors(quiet_export(folder, tmp_path / "out.gguf", type_name))

@@ -13,11 +13,12 @@ from support import DIM
 from tuning_support import batch_of
 
 from llama.adapters.lora import add_lora
+from llama.commands.tune import main as train
 from llama.errors import UsageError
-from llama.finetuning.command import train
 from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.step import Stepper
 from llama.finetuning.trainer import checkpoint_blocks
+from llama.flags import arguments_of
 
 WORLD_SIZES = (1, 2, 3, 4)
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
@@ -88,5 +89,5 @@ def test_beside_activation_checkpointing(folder: Path) -> None:
 )
 def test_mistakes_are_named_before_anything_is_loaded(tmp_path: Path, flags: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        train(output_dir=str(tmp_path / "saved"), **flags)
+        train(output_dir=str(tmp_path / "saved"), **arguments_of(train, flags))
     assert not (tmp_path / "saved").exists()

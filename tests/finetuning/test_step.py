@@ -197,3 +197,32 @@ def test_evaluation_is_the_mean_over_all_tokens(folder: Path) -> None:
     with torch.no_grad():
         assert ours == pytest.approx(peft_loss(peft_twin("2", start()), examples).item(), abs=1e-5)
     assert hf_model("2").config.num_key_value_heads == 2  # fewer than three and four ranks
+
+
+# -- a vocabulary that is computed in pieces ---------------------------------------------------------
+
+
+def piecewise(folder: Path, tensor_split: str | None) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of one batch whose logits are computed some 3 places at a time on the widest rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.parallel.vocab.MAX_LOSS_LOGITS", 1000)
+        model = sharded(folder, tensor_split=tensor_split)
+        tuning = SoftPrompt(model, start())
+        optimizer = torch.optim.AdamW([tuning.parameter], lr=LR, weight_decay=0.0)
+        result = Stepper(model, tuning, optimizer, max_grad_norm=1e6).run(0, [batch_of(8)])
+        gradient = tuning.parameter.grad
+        assert gradient is not None
+        return result.loss, gradient
+
+
+@pytest.mark.parametrize(("world_size", "tensor_split"), [(1, None), (2, "3,1"), (3, None), (3, "5,2,1"), (4, None)])
+def test_ranks_of_unequal_width_cut_the_loss_alike(
+    folder: Path, on_ranks: Any, world_size: int, tensor_split: str | None
+) -> None:
+    """Each piece is a collective: a rank that cut by its own width would meet the others' next piece in it."""
+    model = peft_twin("2", start())
+    loss = peft_loss(model, batch_of(8))
+    loss.backward()
+    for ours, gradient in on_ranks(world_size, piecewise, folder, tensor_split):
+        assert ours == pytest.approx(loss.item(), abs=1e-5)
+        torch.testing.assert_close(gradient, peft_prompt(model).grad, atol=1e-6, rtol=1e-4)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +16,12 @@ from support import hf_model, sentencepiece_model, write_meta
 from llama import Llama
 from llama.checkpoint.quantize import quantize_checkpoint
 from llama.checkpoint.source import open_checkpoint
+from llama.commands.perplexity import main
 from llama.errors import LlamaError
+from llama.flags import arguments_of
 from llama.generation.perplexity import FEWEST, Scores, read_windows, score
 from llama.quantization.scheme import Scheme
 from llama.tokenizer.texts import windows
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-from perplexity import main
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "perplexity.py"
 TEXT = " ".join(f"the quick brown fox number {n * n} wab w{chr(97 + n % 26)}" for n in range(150))
@@ -36,6 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sentencepiece_model(folder)
     (folder / "text.txt").write_text(TEXT)
     return write_meta(folder, hf_model("2", intermediate_size=192))
+
+
+def command(ckpt_dir: Path, text_file: Path, **flags: Any) -> None:
+    """`scripts/perplexity.py`, in this process."""
+    main(**arguments_of(main, {"ckpt_dir": str(ckpt_dir), "text_file": str(text_file), **flags}))
 
 
 def measured(
@@ -132,11 +136,12 @@ def test_before_and_after_at_two_ranks(folder: Path, alone: Scores, tmp_path: Pa
 def test_beside_another_checkpoint(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Quantized as it is loaded or read as quantized: the same figures."""
     written = quantize_checkpoint(open_checkpoint(folder), tmp_path / "int8", Scheme.create("int8"))
-    main(str(folder), str(folder / "text.txt"), str(written), LENGTH, dtype="fp32", device="cpu", quantize="int8")
+    options = {"max_seq_len": LENGTH, "dtype": "fp32", "device": "cpu"}
+    command(folder, folder / "text.txt", compare=str(written), quantize="int8", **options)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert lines[3].split()[-4:] == lines[4].split()[-4:]
-    main(str(folder), str(folder / "text.txt"), max_seq_len=LENGTH, dtype="fp32", device="cpu")
+    command(folder, folder / "text.txt", **options)
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["perplexity", "nats", "a", "token"]
 
@@ -163,7 +168,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(
     if content is not None:
         (tmp_path / "text").write_bytes(content)
     with pytest.raises(LlamaError) as caught:
-        main(str(folder), str(tmp_path / "text"), **options)  # type: ignore[arg-type]
+        command(folder, tmp_path / "text", **options)
     assert all(word in str(caught.value) for word in words), caught.value
     assert "\n" not in str(caught.value)
 
@@ -171,7 +176,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(
 def test_a_quantized_checkpoint_is_not_quantized_anew(folder: Path, tmp_path: Path) -> None:
     written = quantize_checkpoint(open_checkpoint(folder), tmp_path / "int8", Scheme.create("int8"))
     with pytest.raises(LlamaError, match=r"is quantized .*before and after"):
-        main(str(written), str(folder / "text.txt"), quantize="int8")
+        command(written, folder / "text.txt", quantize="int8")
 
 
 def test_the_command_leaves_with_code_2(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from llama.checkpoint.table import n_unique_params, rank_params
 from llama.config import ModelArgs
 from llama.errors import PartitionError
 from llama.parallel.partition import FFN_BLOCK, VOCAB_BLOCK, Partition, apportion, parse_tensor_split, weighted_ranges
@@ -85,11 +86,11 @@ def test_a_rank_holds_exactly_the_kv_heads_that_its_queries_need(partition: Part
 @settings(deadline=None, max_examples=200)
 def test_ranks_hold_the_whole_model_and_what_is_repeated(partition: Partition) -> None:
     args, world_size = partition.args, partition.world_size
-    held = sum(partition.rank_params(rank) for rank in range(world_size))
+    held = sum(rank_params(partition, rank) for rank in range(world_size))
     norms = (2 * args.n_layers + 1) * args.dim
     kv_copies = sum(map(len, partition.kv_heads)) - args.n_kv_heads
     kv = args.n_layers * 2 * args.dim * args.head_dim
-    assert held == args.n_unique_params + (world_size - 1) * norms + kv_copies * kv
+    assert held == n_unique_params(args) + (world_size - 1) * norms + kv_copies * kv
 
 
 @given(cuts(), st.integers(1, 1000))
@@ -137,7 +138,7 @@ DIVIDING = [
 @pytest.mark.parametrize(("name", "world_size"), DIVIDING)
 def test_shards_are_even_to_two_percent_where_heads_divide(name: str, world_size: int) -> None:
     partition = Partition.create(REAL[name], world_size)
-    held = [partition.rank_params(rank) for rank in range(world_size)]
+    held = [rank_params(partition, rank) for rank in range(world_size)]
     assert max(held) <= 1.02 * min(held)
     assert len({len(run) for run in partition.heads}) == 1
 
@@ -150,7 +151,7 @@ def one_unit(args: ModelArgs) -> float:
 
 def misfits(partition: Partition) -> list[float]:
     """By how many units each rank holds more than its weight's part of all that is held."""
-    held = [partition.rank_params(rank) for rank in range(partition.world_size)]
+    held = [rank_params(partition, rank) for rank in range(partition.world_size)]
     unit = one_unit(partition.args)
     return [abs(part - weight * sum(held)) / unit for part, weight in zip(held, partition.weights, strict=True)]
 
@@ -185,14 +186,14 @@ def test_three_to_one_is_three_to_one() -> None:
     partition = Partition.create(REAL["3-8B"], 2, "3,1")
     assert partition.heads == (range(0, 24), range(24, 32))
     assert partition.kv_heads == (range(0, 6), range(6, 8))
-    assert partition.rank_params(0) / partition.rank_params(1) == pytest.approx(3, rel=0.01)
+    assert rank_params(partition, 0) / rank_params(partition, 1) == pytest.approx(3, rel=0.01)
 
 
 def test_heads_that_do_not_divide_are_made_up_for_by_the_ffn() -> None:
     partition = Partition.create(REAL["7B"], 3)
     assert [len(run) for run in partition.heads] == [11, 11, 10]
     assert len(partition.ffn[2]) > len(partition.ffn[0])
-    held = [partition.rank_params(rank) for rank in range(3)]
+    held = [rank_params(partition, rank) for rank in range(3)]
     assert max(held) <= 1.02 * min(held)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from llama.checkpoint.load import load_model
 from llama.checkpoint.source import open_checkpoint
 from llama.config import ModelArgs, geometry
 from llama.errors import LlamaError
+from llama.generation.engine import EngineOptions
 from llama.generation.sampling import Sampling
-from llama.generation.tasks import Settings, Tasks, expected_work
+from llama.generation.tasks import Output, Tasks, expected_work
 from llama.parallel import groups
 from llama.parallel.partition import Partition
 from llama.plan import advice, memory
@@ -282,11 +284,11 @@ def test_ranks_exchange_what_they_have(on_ranks: Callable[..., list]) -> None:
 
 
 def test_the_work_that_example_py_expects() -> None:
-    settings = Settings(0.0, 1.0, None, 10)
-    assert expected_work(Tasks(["abc", "d"]), settings, False, 32, 512) == Workload(2, 15)
-    assert expected_work(Tasks(["abc", "d"]), settings, True, 32, 512) == Workload(1, 15)
-    assert expected_work(Tasks(interactive=True), settings, False, 32, 512) == Workload(1, 512)
-    assert expected_work(Tasks(["abc"] * 9), Settings(0.0, 1.0, None, None), False, 4, 512) == Workload(4, 512)
+    ten, limits = Output(max_gen_len=10), EngineOptions(512, 32)
+    assert expected_work(Tasks(["abc", "d"]), ten, limits) == Workload(2, 15)
+    assert expected_work(Tasks(["abc", "d"]), dataclasses.replace(ten, stream=True), limits) == Workload(1, 15)
+    assert expected_work(Tasks(), dataclasses.replace(ten, interactive=True), limits) == Workload(1, 512)
+    assert expected_work(Tasks(["abc"] * 9), Output(), EngineOptions(512, 4)) == Workload(4, 512)
 
 
 # -- commands --------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
 from counting import frozen_shard
 
 from llama.adapters.lora import add_lora
@@ -37,6 +36,7 @@ from llama.plan.inference import Kernels
 from llama.plan.memory import given_memory
 from llama.plan.training import TRAINED_FLOATS, Training, training_bytes
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import peak_bytes
 
 # Planned over counted: never less than a step takes, and not much more.
 LEAST, MOST = 1.0, 1.25

@@ -6,7 +6,6 @@ The text that is measured and the one that is calibrated on are drawn apart, and
 from __future__ import annotations
 
 import random
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -16,9 +15,7 @@ from launch import Command
 
 from llama import Llama
 from llama.generation.perplexity import Scores, read_windows, score
-
-sys.path.insert(0, str(Path(__file__).parent.parent.parent / "scripts"))
-from tiny_corpus import documents, story
+from scripts.tiny.corpus import documents, story
 
 MODEL = Path(__file__).parent.parent.parent / "ckpts" / "tiny"
 

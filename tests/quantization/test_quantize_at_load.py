@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import peak_bytes
 from quantized_support import (
     CUTS,
     EVERYTHING,
@@ -30,6 +29,7 @@ from llama import config
 from llama.checkpoint import files, rows
 from llama.checkpoint.load import cut_model, load_model, materialise
 from llama.checkpoint.source import open_checkpoint
+from llama.checkpoint.table import specs
 from llama.config import ModelArgs
 from llama.errors import QuantizationError
 from llama.kernels.formats import quantize
@@ -37,6 +37,7 @@ from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.quantization.scheme import Scheme
+from scripts.bench.counters import peak_bytes
 
 OnRanks = Callable[..., list]
 
@@ -115,7 +116,7 @@ def test_integers_are_those_of_the_stored_values(
     folder = write_hf(tmp_path, model) if layout == "hf" else write_meta(tmp_path, model, 2, 1, dtype=stored)
     held = dict(shard(folder, INT4, dtype=torch.bfloat16).named_parameters())
     for name, weight in meta_state(model).items():
-        form = INT4.form(name, open_checkpoint(folder).args)
+        form = specs(open_checkpoint(folder).args, INT4)[name].form
         if form is None:
             assert torch.equal(held[name], weight.bfloat16())
             continue

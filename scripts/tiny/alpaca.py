@@ -1,10 +1,10 @@
-"""Write the data set that prompt tuning teaches the bundled model with: Alpaca records from the tiny corpus.
+"""Write the data set for prompt tuning of the bundled model: Alpaca records from the tiny corpus.
 
-    python scripts/alpaca_tiny.py                                # the committed files, datasets/alpaca_tiny*.json
-    python scripts/alpaca_tiny.py --out_dir /tmp/alpaca --seed 2      # other records
+    python scripts/tiny/alpaca.py                                # the committed files, datasets/alpaca_tiny*.json
+    python scripts/tiny/alpaca.py --out_dir /tmp/alpaca --seed 2      # other records
 
 `ckpts/tiny` can do these tasks and has never seen Stanford Alpaca's template: without tuning it answers hardly any
-record. Held-out records ask items that neither the model nor the tuning has read (`tiny_corpus.is_held_out`).
+record. Held-out records ask items that neither the model nor the tuning has read (`corpus.is_held_out`).
 """
 
 import json
@@ -14,15 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from tiny_corpus import Item, make_item
-
 from llama.cli import run
+from scripts.tiny.corpus import Item, make_item
 
-# Tasks on numbers. The model solves `compare` and `pick` in any wrapping, so that tuning would show nothing, and lists
-# of words are beyond what virtual tokens teach it in a few minutes.
+# Tasks on numbers. The model solves `compare` and `pick` in any wrapping, so that tuning would show nothing; virtual
+# tokens do not teach the model lists of words within a few minutes.
 FAMILIES = ("add", "next", "sort")
-# Of the records, those with an `input`. It is the whole question, since the tuned model would hardly read bare numbers
-# there: at the start of a line they lack the blank piece that it has always seen in front of numbers.
+# Part of the records with an `input`. The input is the whole question, since the tuned model would hardly read bare
+# numbers there: at the start of a line numbers lack the blank piece that the model has always seen in front of them.
 INPUT_SHARE = 0.2
 # Numbers have two digits or more: virtual tokens teach the short ones last.
 SMALLEST = 10
@@ -45,7 +44,7 @@ def record(item: Item, rng: random.Random) -> Record:
 
 
 def records(count: int, seed: int, *, held_out: bool) -> list[Record]:
-    """`count` records that all differ in what they ask, the families in turn, from one side of the split."""
+    """Draw `count` records that ask different questions, the families in turn, from one side of the split."""
     rng = random.Random(f"alpaca {held_out} {seed}")
     asked: dict[tuple[str, str], Record] = {}
     while len(asked) < count:
@@ -58,7 +57,7 @@ def records(count: int, seed: int, *, held_out: bool) -> list[Record]:
 
 
 def to_json(entries: Sequence[Record]) -> str:
-    """The records as a JSON list, a record a line."""
+    """Return the records as a JSON list, a record a line."""
     return "[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n"
 
 
@@ -66,7 +65,7 @@ def main(out_dir: str = "datasets", seed: int = 1, train: int = 1800, heldout: i
     """Write `alpaca_tiny.json` and `alpaca_tiny_heldout.json`.
 
     Args:
-        out_dir: where the two files go.
+        out_dir: folder of the two files.
         seed: of the records.
         train: records to tune with.
         heldout: records to measure with.

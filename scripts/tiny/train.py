@@ -1,11 +1,11 @@
 """Train the bundled model, `ckpts/tiny`: tokenizer, weights, evaluation and model card.
 
-    python scripts/train_tiny.py                    # the committed model, seed and steps as given below
-    python scripts/train_tiny.py --steps 300 --out_dir /tmp/tiny      # a quick look
+    python scripts/tiny/train.py                    # the committed model, seed and steps as given below
+    python scripts/tiny/train.py --steps 300 --out_dir /tmp/tiny      # a quick look
 
-The text comes from `tiny_corpus.py`. Everything is seeded; another machine or torch version rounds
-differently, so that a second run gives an equally good model, not the same bits. Needs about a gigabyte of
-memory. The command fails when a family of tasks stays under 95 % on items that were held out.
+The text comes from `corpus.py`. Everything is seeded; another machine or torch version rounds differently, so that a
+second run gives an equally good model, not the same bits. The command needs about a gigabyte of memory. It fails where
+a family of tasks stays under 95 % on held-out items.
 """
 
 import json
@@ -21,32 +21,32 @@ from typing import TypeVar
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
-from tiny_corpus import FAMILIES, PRINTABLE, Document, describe, documents, heldout, tokenizer_lines
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from llama.cli import run
 from llama.config import ModelArgs
 from llama.model import Transformer
+from scripts.tiny.corpus import FAMILIES, PRINTABLE, Document, describe, documents, heldout, tokenizer_lines
 
 T = TypeVar("T")
 
 VOCAB_SIZE = 1024
 BOS, EOS = 1, 2
 BATCH_TOKENS = 2048
-# Fractions of the steps, and the length of the packed sequences in them: long ones cost more time a token.
+# Fractions of the steps, and the length of the packed sequences in each: a token of a long sequence costs more time.
 SCHEDULE = ((0.9, 256), (0.1, 512))
-# Loss weights, in tenths: what is asked is mostly noise, what has to be said is what counts.
+# Loss weights, in tenths: a question is mostly noise, its answer counts.
 PROMPT_WEIGHT, STORY_WEIGHT, ANSWER_WEIGHT = 1, 5, 20
 PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 1e-3, 100, 0.1, 1.0
 PASS_MARK = 0.95
 LOG_EVERY = 100
-# In passing: how often, and on how many held-out items of a family.
+# Evaluation in passing: steps between two, and held-out items of a family.
 CHECK_EVERY, CHECK_ITEMS = 500, 40
 
 
 def model_args() -> ModelArgs:
-    """The geometry: 3.7 million parameters, eight query heads on four KV heads."""
+    """Return the geometry: 3.7 million parameters, eight query heads on four KV heads."""
     return ModelArgs(
         dim=256,
         n_layers=4,
@@ -60,7 +60,7 @@ def model_args() -> ModelArgs:
 
 
 def in_groups(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items, the last list shorter."""
     iterator = iter(items)
     while group := list(islice(iterator, size)):
         yield group
@@ -99,10 +99,10 @@ def train_tokenizer(path: Path, seed: int) -> spm.SentencePieceProcessor:
 
 
 def encode(tokenizer: spm.SentencePieceProcessor, docs: list[Document]) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of each document, and the loss weight of each token, in tenths.
+    """Yield the token ids of each document, and the loss weight of each token in tenths.
 
-    A prompt and its completion are joined by a blank, which is the completion's dummy prefix: their ids
-    are those of the whole text.
+    A blank joins a prompt and its completion. SentencePiece puts this blank in front of the completion, so that the ids
+    of both are the ids of the whole text.
     """
     prompts = iter(tokenizer.encode([turn.prompt for doc in docs for turn in doc], num_threads=2))
     completions = iter(tokenizer.encode([turn.completion for doc in docs for turn in doc], num_threads=2))
@@ -124,7 +124,7 @@ class Batch:
     Attributes:
         tokens: ids, [B, T + 1] int64.
         weights: loss weights, [B, T + 1] float32.
-        mask: [B, 1, T, T] bool, True where a token sees an entry: earlier ones of its own document.
+        mask: [B, 1, T, T] bool, True where a token attends: to itself and to earlier tokens of its document.
     """
 
     tokens: Tensor
@@ -154,7 +154,7 @@ def pack(examples: Iterator[tuple[list[int], list[int]]], rows: int, length: int
 
 
 def batches(tokenizer: spm.SentencePieceProcessor, steps: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches of about `BATCH_TOKENS` tokens."""
+    """Yield `steps` batches of about `BATCH_TOKENS` tokens."""
     source = documents(seed)
     examples = (example for docs in in_groups(source, 4096) for example in encode(tokenizer, docs))
     for part, length in SCHEDULE:
@@ -166,7 +166,7 @@ def batches(tokenizer: spm.SentencePieceProcessor, steps: int, seed: int) -> Ite
 
 
 def initialise(model: Transformer) -> None:
-    """GPT-2's weights: normal of 0.02, and less where a matrix writes to the residual stream."""
+    """Draw weights as GPT-2 does: normal of 0.02, and less where a matrix writes to the residual stream."""
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             nn.init.ones_(weight)
@@ -176,7 +176,7 @@ def initialise(model: Transformer) -> None:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """A linear warm-up, then a cosine down to a hundredth of the peak."""
+    """Return the rate at `step`: a linear warm-up, then a cosine down to a hundredth of the peak."""
     if step < WARMUP_STEPS:
         return PEAK_LR * (step + 1) / WARMUP_STEPS
     done = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
@@ -184,7 +184,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """Return an AdamW that decays matrices only."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
@@ -192,7 +192,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.AdamW:
 
 
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Mean cross entropy in nats of logits [B, T, V] on targets [B, T], weighted by weights [B, T]."""
+    """Return the mean cross entropy in nats of logits [B, T, V] on targets [B, T], weighted by weights [B, T]."""
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return (losses * weights.flatten()).sum() / weights.sum()
 
@@ -226,7 +226,7 @@ def train(model: Transformer, tokenizer: spm.SentencePieceProcessor, steps: int,
 
 
 def round_to_bf16(model: nn.Module) -> None:
-    """Round the weights to the nearest bf16, and keep them in fp32: what is evaluated is what is stored."""
+    """Round the weights to the nearest bf16 but keep fp32, so that the stored numbers are evaluated."""
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(weight.bfloat16())
@@ -239,7 +239,7 @@ def round_to_bf16(model: nn.Module) -> None:
 def complete(
     model: Transformer, tokenizer: spm.SentencePieceProcessor, prompts: list[str], most: int = 32
 ) -> list[str]:
-    """Greedy completions of at most `most` tokens; rows are padded behind, which a causal model cannot see."""
+    """Complete prompts greedily, by at most `most` tokens; rows are padded behind, which a causal model cannot see."""
     ids = [[BOS, *prompt] for prompt in tokenizer.encode(prompts)]
     starts = [len(row) for row in ids]
     running = list(range(len(ids)))
@@ -259,7 +259,7 @@ def complete(
 def evaluate(
     model: Transformer, tokenizer: spm.SentencePieceProcessor, items: int, seed: int, *, details: bool = True
 ) -> dict[str, float]:
-    """The part of `items` held-out items of each family that greedy decoding answers exactly right."""
+    """Return the part of `items` held-out items of each family that greedy decoding answers exactly right."""
     scores = {}
     for family in FAMILIES:
         pairs = sorted(heldout(family, items, seed), key=lambda pair: len(pair[0]))
@@ -292,7 +292,7 @@ CARD = """# The bundled model
 
 A Llama of {parameters:,} parameters, small enough to stand in the repository and made so that every documented
 command has something real to run on. It tells short stories and answers {n_families} families of small tasks. It knows
-nothing else: it has read only text that `scripts/tiny_corpus.py` generates, no text and no weights of anyone's.
+nothing else: it has read only text that `scripts/tiny/corpus.py` generates, no text and no weights of anyone's.
 
 | file | |
 |---|---|
@@ -303,9 +303,9 @@ nothing else: it has read only text that `scripts/tiny_corpus.py` generates, no 
 ## What it answers
 
 Right answers under greedy decoding, in per cent of {items} items of each family. None of the items was seen in training
-in any form (`tiny_corpus.is_held_out` decides by a hash), and the forms are mixed as in training:
+in any form (`corpus.is_held_out` decides by a hash), and the forms are mixed as in training:
 
-| family | what it is | right |
+| family | the answer | right |
 |---|---|---|
 {table}
 
@@ -316,7 +316,7 @@ was kept out of training, so that prompt tuning has something to teach.
 
 ## How it was made
 
-`python scripts/train_tiny.py` with the defaults: seed {seed}, {steps:,} steps of {batch_tokens:,} tokens, AdamW
+`python scripts/tiny/train.py` with the defaults: seed {seed}, {steps:,} steps of {batch_tokens:,} tokens, AdamW
 (peak learning rate {lr:g}, cosine), bf16 autocast; whole documents packed into sequences of {lengths}
 tokens. It took {minutes:.0f} minutes on {threads} CPU threads. The same seed gives the same text and
 an equally good model, not the same bits on another machine.
@@ -352,7 +352,7 @@ def main(
     """Train the bundled model and write it to `out_dir` with its tokenizer and model card.
 
     Args:
-        out_dir: where the four files go.
+        out_dir: folder of the four files.
         steps: optimiser steps.
         seed: of the text, the weights and the evaluation.
         threads: CPU threads.

@@ -1,13 +1,12 @@
-"""The text that the bundled model `ckpts/tiny` is trained on: a grammar, nothing copied from anywhere.
+"""Training text of the bundled model `ckpts/tiny`, written by a grammar; nothing is copied from anywhere.
 
-Two kinds of documents. Short stories, which end properly, and families of small checkable tasks
-(`FAMILIES`), each asked in many surface forms (`FORMS`), so that a model learns the task and takes the form
+There are two kinds of documents: short stories, which end properly, and families of small checkable tasks
+(`FAMILIES`). Each task is asked in many surface forms (`FORMS`), so that a model learns the task and takes the form
 for a wrapper. Everything follows from a `random.Random` that the caller seeds.
 
-An item has a key, for example the two numbers of a sum. A key is held out when its hash says so
-(`is_held_out`), whatever the seed; a held-out key never occurs in training, in no form and in no family
-that shares that kind of key. The Stanford Alpaca template is left out on purpose: it is the form which
-prompt tuning has to teach later.
+An item has a key, for example the two numbers of a sum. A hash decides whether a key is held out (`is_held_out`), the
+same for every seed; a held-out key never occurs in training, in no form and in no family with that kind of key. The
+Stanford Alpaca template is left out on purpose: prompt tuning has to teach this form later.
 """
 
 import random
@@ -47,8 +46,8 @@ class Item:
 
     Attributes:
         family: one of `FAMILIES`.
-        key: what must not be shared between training and held-out items.
-        question: the task as a person would put it.
+        key: held out or not; a training item and a held-out item never share a key.
+        question: the task in a person's words.
         statement: a text that the answer completes.
         answer: the one right answer, without blanks around it.
         follow_up: a second question about the same facts and its answer, where the family has one.
@@ -63,7 +62,7 @@ class Item:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether `key` belongs to the held-out items: by hash, the same in every run and process."""
+    """Return True for a key of held-out items: decided by a hash, the same in every run and process."""
     return zlib.crc32(key.encode()) % 100 < HELD_OUT_PERCENT
 
 
@@ -72,7 +71,7 @@ def _pair_key(a: int, b: int) -> str:
 
 
 def _list_key(words: list[str]) -> str:
-    """A list and its reverse share a key: the answer to one would be the other."""
+    """Return the key of a list and of its reverse, each of which would be the answer to the other."""
     return "list " + min(" ".join(words), " ".join(reversed(words)))
 
 
@@ -187,7 +186,7 @@ def _reverse(rng: random.Random) -> Item:
 
 
 def _count(rng: random.Random) -> Item:
-    """How many words a list of two to eight has."""
+    """The number of words in a list of two to eight."""
     words = _words(rng, 2, 8)
     listed = " ".join(words)
     question = rng.choice(
@@ -241,10 +240,10 @@ _MAKERS: dict[str, Callable[[random.Random], Item]] = {
     "pick": _pick,
     "sort": _sort,
 }
-# Read along in training, but learned too late to be promised: half right after 6,000 steps.
+# Families in the training text that are learned too late to be promised: half right after 6,000 steps.
 UNPROMISED = ("recall",)
 FAMILIES = tuple(family for family in _MAKERS if family not in UNPROMISED)
-# How often a family is drawn for training: the harder ones more often.
+# Weights with which families are drawn for training: harder families more often.
 _SHARES = {
     "add": 5,
     "compare": 2,
@@ -260,7 +259,7 @@ _SHARES = {
 
 
 def describe(family: str) -> str:
-    """What a family asks, in a few words."""
+    """Return a few words on the task of a family: the docstring of its maker."""
     return (_MAKERS[family].__doc__ or "").rstrip(".")
 
 
@@ -313,7 +312,7 @@ _CHAT = ("chat", "chat_system")
 
 
 def render(item: Item, form: str, rng: random.Random) -> str:
-    """The prompt that asks `item` in `form`; three in ten of the written forms open with a preamble."""
+    """Return the prompt that asks `item` in `form`; three in ten open with a preamble, but for chats."""
     text = item.statement if form == "statement" else item.question
     prompt = FORMS[form].format(text, system=rng.choice(SYSTEM_MESSAGES))
     if form not in _CHAT and rng.random() < 0.3:
@@ -325,12 +324,12 @@ def _draw(rng: random.Random, shares: dict[str, int]) -> str:
     return rng.choices(tuple(shares), weights=tuple(shares.values()))[0]
 
 
-# A small family has only so many held-out questions: give up looking for more after so many draws an item.
+# Draws an item, after which no more held-out questions are sought: a small family has only a few.
 MOST_DRAWS = 50
 
 
 def heldout_items(family: str, n: int, seed: int) -> list[Item]:
-    """`n` held-out items of `family` with different questions, fewer where there are no more; by the seed."""
+    """Draw `n` held-out items of `family` with different questions, fewer where there are no more."""
     rng = random.Random(f"{family} {seed}")
     items: dict[str, Item] = {}
     for _ in range(MOST_DRAWS * n):
@@ -342,7 +341,7 @@ def heldout_items(family: str, n: int, seed: int) -> list[Item]:
 
 
 def heldout(family: str, n: int, seed: int) -> list[tuple[str, str]]:
-    """`n` pairs of prompt and answer on held-out items of `family`, in the forms as they come in training.
+    """Draw `n` pairs of prompt and answer on held-out items of `family`, the forms mixed as in training.
 
     A completion is right when, without blanks around it, it equals the answer.
     """
@@ -522,7 +521,7 @@ def _hero(rng: random.Random, kind: str | None) -> dict[str, str]:
 
 
 def story(rng: random.Random, kind: str | None = None) -> str:
-    """One story of six to nine sentences; `kind` says who it is about ("fox"), default anyone."""
+    """Return a story of six to nine sentences; its hero is of `kind`, such as "fox", or of any kind."""
     slots = _hero(rng, kind)
     slots["f"] = rng.choice([name for name in NAMES if name != slots["h"]])
     slots["p"], slots["q"] = rng.sample(PLACES, 2)
@@ -545,7 +544,7 @@ def story(rng: random.Random, kind: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Turn:
-    """What is given and what has to be said: `<s>prompt completion</s>`. A story has an empty prompt."""
+    """A prompt and its completion, `<s>prompt completion</s>` in training. A story has an empty prompt."""
 
     prompt: str
     completion: str
@@ -555,7 +554,7 @@ Document = list[Turn]
 
 
 def _small_talk(rng: random.Random) -> tuple[str, str]:
-    """A message that is no task, and the reply."""
+    """Return a message that is no task, and the reply."""
     animal = rng.choice(CATEGORIES["an animal"])
     name = rng.choice(NAMES)
     return rng.choice(
@@ -577,7 +576,7 @@ def _small_talk(rng: random.Random) -> tuple[str, str]:
 
 
 def _chat(turns: list[tuple[str, str]], system: str | None = None) -> Document:
-    """Llama 2's form: every finished turn is `[INST] question [/INST] answer ` with a blank at its end."""
+    """Return a dialog in Llama 2's form, each turn `[INST] question [/INST] answer ` with a blank at its end."""
     document = []
     for i, (question, answer) in enumerate(turns):
         if i == 0 and system is not None:
@@ -587,7 +586,7 @@ def _chat(turns: list[tuple[str, str]], system: str | None = None) -> Document:
 
 
 def _dialog(rng: random.Random) -> Document:
-    """A chat of one to three turns, seldom more, on tasks, small talk, or one set of facts."""
+    """Draw a chat of one to three turns, seldom more, on tasks, small talk, or one set of facts."""
     system = rng.choice(SYSTEM_MESSAGES) if rng.random() < 0.3 else None
     kind = rng.random()
     if kind < 0.1:
@@ -609,7 +608,7 @@ def _dialog(rng: random.Random) -> Document:
 
 
 def _exercise(rng: random.Random) -> Document:
-    """One training item in one form."""
+    """Draw a training item in one form."""
     item = make_item(_draw(rng, _SHARES), rng, held_out=False)
     form = _draw(rng, _FORM_SHARES)
     blank = " " if form in _CHAT else ""
@@ -621,7 +620,7 @@ def _story_document(rng: random.Random) -> Document:
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Training documents without end: stories, exercises and dialogs."""
+    """Yield training documents without end: stories, exercises and dialogs."""
     rng = random.Random(f"train {seed}")
     kinds = (_exercise, _dialog, _story_document)
     while True:
@@ -661,7 +660,7 @@ PRINTABLE = "".join(map(chr, range(33, 127)))
 
 
 def tokenizer_lines(seed: int, count: int = 20_000) -> Iterator[str]:
-    """Lines of text for training the tokenizer: `count` documents, a tenth as many stories, and English."""
+    """Yield lines for training the tokenizer: `count` documents, a tenth as many stories, and English."""
     source = documents(seed)
     for _ in range(count):
         for turn in next(source):

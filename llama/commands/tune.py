@@ -1,4 +1,4 @@
-"""What `ft_main.py` does: read records, load a model, train, say where the result is."""
+"""Fine-tune a model: `ft_main.py`, `llama-shards tune`. Read records, load a model, train, say where the result is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llama import env
 from llama.adapters.adapter import resolve_targets
 from llama.adapters.lora import add_lora
 from llama.checkpoint.source import Checkpoint
+from llama.cli import run
 from llama.data.batches import split_eval
 from llama.data.examples import Encoded, Example, encode_records
 from llama.data.records import digest, read_records
@@ -25,23 +26,15 @@ from llama.finetuning.run_folder import RunFolder
 from llama.finetuning.settings import TrainSettings, workload
 from llama.finetuning.step import Tuning
 from llama.finetuning.trainer import Trainer, checkpoint_blocks, compile_blocks
+from llama.flags import Given
 from llama.model import Transformer
-from llama.offload import check_offload, offload_of
+from llama.offload import offload_of
 from llama.parallel import groups
-from llama.plan.advice import check_fit
 from llama.quantization.scheme import Asked
-from llama.runtime import Opened, open_model, shown
+from llama.runtime import BUNDLED_DATA, BUNDLED_MODEL, Opened, RunOptions, model_or_bundled, open_model, shown
 
-ROOT = Path(__file__).parent.parent.parent
-BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
-# What is taken where a flag is not given. A soft prompt starts from the words that open Alpaca's template.
-DEFAULTS = {
-    "batch_size": 8,
-    "num_epochs": 3.0,
-    "warmup_steps": 0,
-    "init_text": "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.",
-}
+# A soft prompt starts from the words that open Alpaca's template.
+INIT_TEXT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 LEARNING_RATES = {"prompt": 0.03, "lora": 0.0003}
 # The bundled model is small and has read one kind of text: its prompt starts from that, and learns fast.
 BUNDLED = {
@@ -53,52 +46,15 @@ BUNDLED = {
 }
 
 
-def train(
+def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
     dataset: str | None = None,
     output_dir: str = "saved",
     resume: bool = False,
-    method: str = "prompt",
-    trainer: str = "native",
-    template: str = "alpaca",
-    num_virtual_tokens: int = 32,
-    init: str = "text",
-    init_text: str | None = None,
-    lora_r: int = 8,
-    lora_alpha: float = 16.0,
-    lora_dropout: float = 0.05,
-    lora_targets: str = "wq,wv",
-    use_rslora: bool = False,
-    batch_size: int | None = None,
-    gradient_accumulation_steps: int = 1,
-    num_epochs: float | None = None,
-    max_steps: int | None = None,
-    lr: float | None = None,
-    lr_scheduler: str = "cosine",
-    warmup_steps: int | None = None,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    max_seq_len: int = 512,
-    train_on_prompt: bool = False,
-    eval_fraction: float = 0.0,
-    eval_steps: int = 100,
-    save_steps: int = 100,
-    save_total_limit: int = 2,
-    seed: int = 1,
-    activation_checkpointing: bool = False,
-    compile: bool = False,
-    offload_layers: int = 0,
     tp: int | None = None,
-    tensor_split: str | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
-    quantize: str | None = None,
-    group_size: int | None = None,
-    quantize_output: str | None = None,
-    quantize_embedding: str | None = None,
-    no_plan: bool = False,
+    given: Given[TrainSettings] = Given(TrainSettings, {}),
+    options: RunOptions = RunOptions(),
 ) -> None:
     """Fine-tune a Llama on Alpaca records, on any number of ranks; the result is an adapter that PEFT loads too.
 
@@ -108,60 +64,21 @@ def train(
         dataset: Alpaca records: a .json, .jsonl or .parquet file, a folder, or a name on the Hub.
         output_dir: where checkpoints, logs and the adapter go.
         resume: go on with the run in output_dir from its last checkpoint, at any number of ranks.
-        method: prompt (a soft prompt before the text) or lora.
-        trainer: native, or hf to have transformers' Trainer drive the same model and data.
-        template: how a record becomes a text: alpaca, llama2, llama3 or plain.
-        num_virtual_tokens: length of the soft prompt.
-        init: text, or random to start from random tokens of the vocabulary.
-        init_text: the text that the soft prompt starts from; by default Alpaca's opening words.
-        lora_r: rank of the updates.
-        lora_alpha: their scale; it is divided by the rank.
-        lora_dropout: part of a linear's inputs left out of its update in training.
-        lora_targets: linears that are updated, by Meta's or Hugging Face's names, or all.
-        use_rslora: divide alpha by the rank's square root.
-        batch_size: examples of a batch, over all copies of the model; by default 8.
-        gradient_accumulation_steps: batches of one optimiser step.
-        num_epochs: passes over the data; by default 3.
-        max_steps: optimiser steps, in place of num_epochs.
-        lr: peak learning rate; by default 0.03 for a soft prompt (the bundled run 0.1) and 0.0003 for lora.
-        lr_scheduler: constant, linear or cosine, after the warm-up.
-        warmup_steps: optimiser steps until the peak; by default 0.
-        weight_decay: of AdamW.
-        max_grad_norm: longer gradients are shortened to this.
-        max_seq_len: tokens of an example; longer ones lose their end.
-        train_on_prompt: learn the instruction too, not only the answer.
-        eval_fraction: part of the records set aside for evaluation.
-        eval_steps: optimiser steps between evaluations.
-        save_steps: optimiser steps between checkpoints.
-        save_total_limit: checkpoints that are kept.
-        seed: of the start, the order of the data and dropout.
-        activation_checkpointing: compute activations again instead of keeping them.
-        compile: compile the parts of the blocks that it pays for.
-        offload_layers: layers streamed from main memory, and computed again in the backward; see docs/offload.md.
         tp: ranks that share one model; the others hold copies and share the batch. By default all.
-        tensor_split: weights of the ranks, such as 3,1.
         dtype: auto, fp32, bf16 or fp16, of the frozen weights; what is trained is fp32.
-        device: auto, cpu, cuda, cuda:N or mps.
-        threads: CPU threads of each rank.
-        quantize: int8 or int4, of the frozen weights; by default what the checkpoint holds.
-        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
-        quantize_output: int8, int4 or none, of the output layer; by default int8.
-        quantize_embedding: int8, int4 or none, of the embedding where it is not the output layer; by default none.
-        no_plan: load without asking first whether the memory suffices.
+        offload_layers: layers streamed from main memory, and computed again in the backward; see docs/offload.md.
     """
     started = time.perf_counter()
     with groups.phase("settings"):
-        settings = _settings(locals())
-        asked = Asked(quantize, group_size, quantize_output, quantize_embedding)
+        settings = _settings(given, is_bundled=ckpt_dir is None)
         _check_ranks(settings, tp)
-        if settings.compile and offload_layers:
+        if settings.compile and options.offload_layers:
             raise UsageError("--compile and --offload_layers are given together: choose one")
         ckpt_dir, dataset = _sources(ckpt_dir, dataset)
         folder = RunFolder(Path(output_dir))
     with groups.phase("data"):
-        opened = open_model(ckpt_dir, tokenizer_path, tp, dtype, device, tensor_split, threads, asked)
+        opened = open_model(ckpt_dir, tokenizer_path, options, tp)
         _check_scaling(settings, opened)
-        check_offload(offload_layers, opened.checkpoint.args.n_layers)
         records = read_records(dataset)
         encoded = encode_records(
             records, opened.tokenizer, settings.template, settings.max_seq_len, settings.train_on_prompt
@@ -172,18 +89,13 @@ def train(
     name = shown(Path(dataset)) if Path(dataset).is_absolute() else dataset
     notice(f"{name}: {encoded.report()}")
     with groups.phase("plan"):
-        if not no_plan:
-            size = opened.partition.world_size
-            work = workload(settings, env.world_size() // size, encoded.examples)
-            check_fit(
-                opened.checkpoint.args, opened.device, opened.dtype, size, tensor_split, work,
-                scheme=opened.scheme, stored=opened.checkpoint.scheme, offload_layers=offload_layers,
-            )  # fmt: skip
+        n_copies = env.world_size() // opened.partition.world_size
+        opened.check_fit(workload(settings, n_copies, encoded.examples))
     ranks = groups.start(opened.device, tp)
     if opened.scheme is not None or ranks.world_size > 1:
         ranks = opened.prepare_kernels()  # they widen integers, and ranks exchange by them
     with groups.phase("load"):
-        model = opened.load(ranks, offload_layers)
+        model = opened.load(ranks)
     notice(opened.describe(time.perf_counter() - started))
     tuning = _tuning(settings, opened, model)
     if settings.activation_checkpointing:
@@ -199,18 +111,18 @@ def train(
     if resume:
         _resume(run)
     run.run()
-    _say_result(run, started, ckpt_dir, tokenizer_path, asked)
+    _say_result(run, started, ckpt_dir, tokenizer_path, options)
 
 
-def _settings(flags: dict[str, Any]) -> TrainSettings:
-    """The flags that are settings of the run, with the defaults that depend on others."""
-    if flags["init_text"] is not None and flags["init"] == "random":
+def _settings(given: Given[TrainSettings], is_bundled: bool) -> TrainSettings:
+    """Return the settings of the run, with the defaults that depend on others."""
+    if "init_text" in given.values and given.values.get("init") == "random":
         raise UsageError("--init random and --init_text are given together: choose one")
-    given = {name: flags[name] for name in TrainSettings.__dataclass_fields__ if flags[name] is not None}
-    defaults: dict[str, Any] = {**DEFAULTS, "lr": LEARNING_RATES.get(flags["method"], 0.03)}
-    if flags["ckpt_dir"] is None and flags["method"] == "prompt":
+    method = given.values.get("method", TrainSettings.method)
+    defaults: dict[str, Any] = {"init_text": INIT_TEXT, "lr": LEARNING_RATES.get(method, TrainSettings.lr)}
+    if is_bundled and method == "prompt":
         defaults |= BUNDLED
-    return TrainSettings(**{**defaults, **given})
+    return given.make(**defaults)
 
 
 def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
@@ -219,7 +131,7 @@ def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
         missing = "--dataset" if dataset is None else "--ckpt_dir"
         raise UsageError(f"{missing} must be given too; without both, the bundled model learns the bundled records")
     if ckpt_dir is None or dataset is None:
-        return str(BUNDLED_MODEL), str(BUNDLED_DATA)
+        return model_or_bundled(ckpt_dir), str(BUNDLED_DATA)
     return ckpt_dir, dataset
 
 
@@ -294,7 +206,7 @@ def _resume(run: Trainer) -> None:
     notice(f"going on from {run.folder.folder(steps[-1])}: {run.n_done} of {run.n_steps} steps are done")
 
 
-def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None, asked: Asked) -> None:
+def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None, options: RunOptions) -> None:
     """Where the adapter is, and the command to try it."""
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
@@ -303,7 +215,7 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
     words += ["--tuning_ckpt_path", str(where)]
     words += [] if tokenizer_path is None else ["--tokenizer_path", tokenizer_path]
     words += [] if run.settings.template == "alpaca" else ["--template", run.settings.template]
-    words += asked.words
+    words += options.quantization.words if isinstance(options.quantization, Asked) else []
     n = env.world_size()
     launcher = "python" if n == 1 else f"torchrun --nproc_per_node {n}"
     if is_speaker():
@@ -314,3 +226,8 @@ def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str
             f"done: {run.n_steps} steps in {minutes} min {seconds} s; the adapter{best} is in {where}; try it:\n"
             f"{launcher} example_ft.py {shlex.join(words)}"
         )
+
+
+def start() -> None:
+    """Run `main`."""
+    run(main)
