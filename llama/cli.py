@@ -1,8 +1,8 @@
-"""One way to start every command: flags checked before anything runs, errors told by one voice.
+"""Start of every command: flags checked before anything runs, errors told in one line by one rank.
 
 Fire runs `main` before it complains of an unknown flag, and guesses what a text means (`Hello, world`
 becomes a tuple). So argv is checked against `main`'s flags first and handed on in one spelling,
-and every value reaches `main` as its annotation says; `llama.flags` has which flags a `main` takes.
+and every value reaches `main` as its annotation says; `llama.flags` derives the flags of a `main`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(
 def _run(main: Callable[..., None], argv: Sequence[str]) -> None:
     for out in (sys.stdout, sys.stderr):
         if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(errors="backslashreplace")  # a model may say what a terminal cannot show
+            out.reconfigure(errors="backslashreplace")  # a terminal may lack characters that a model writes
     listen()
     with groups.phase("flags"):
         flags = flags_of(main)
@@ -75,7 +75,7 @@ def _run(main: Callable[..., None], argv: Sequence[str]) -> None:
 
 
 def name_words(main: Callable[..., None], words: Sequence[str], most: int | None = None) -> list[str]:
-    """Leading words that are no flags, `most` at most, as flags: the first is `main`'s first parameter, and so on."""
+    """Return `words` with up to `most` leading non-flags as flags: the first is `main`'s first parameter, and so on."""
     parameters = [flag.name for flag in flags_of(main)][:most]
     named = [
         f"--{name}={word}"
@@ -85,10 +85,10 @@ def name_words(main: Callable[..., None], words: Sequence[str], most: int | None
 
 
 def _give_up(error: BaseException) -> NoReturn:
-    """Leave, with one line for what a person can mend and a traceback for a mistake of ours."""
+    """Leave, with one line for an error that a user can fix and a traceback for a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
         leave("interrupted", INTERRUPTED)
-    if isinstance(error, BrokenPipeError):  # such as `| head`: nobody listens any more
+    if isinstance(error, BrokenPipeError):  # such as `| head`: nobody reads any more
         leave(code=1)
     if store.is_lost_peer(error):
         leave(f"error: {store.lost_message(patience=1.0)}")
@@ -156,7 +156,7 @@ def normalise(argv: Sequence[str], flags: Sequence[Flag]) -> list[str] | None:
 
 
 def _take_flag(words: list[str], parsers: Mapping[str, Parser]) -> tuple[str, str]:
-    """The first flag of `words`, which loses it, and its value's text."""
+    """Take the first flag off `words`; return its name and the text of its value."""
     word = words.pop(0)
     if not word.startswith("--") or word == "--":
         raise UsageError(f"stray word {word!r}: every setting is a flag, such as --name value")

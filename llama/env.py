@@ -1,4 +1,4 @@
-"""The environment: what torchrun left there of this process's place, and the voice of the process that speaks."""
+"""The environment: this process's place among the ranks, OpenMP's waiting, and notices that rank 0 prints."""
 
 import os
 import sys
@@ -17,37 +17,37 @@ def _number(name: str, default: int) -> int:
 
 
 def rank() -> int:
-    """Place of this process among all of them; 0 without torchrun."""
+    """Return the rank of this process among all processes; 0 without torchrun."""
     return _number("RANK", 0)
 
 
 def world_size() -> int:
-    """Number of processes; 1 without torchrun."""
+    """Return the number of processes; 1 without torchrun."""
     return _number("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    """Place among the processes of this machine."""
+    """Return the rank of this process among those of its machine."""
     return _number("LOCAL_RANK", 0)
 
 
 def local_world_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return _number("LOCAL_WORLD_SIZE", 1)
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's threads sleep when they have waited for each other for some microseconds; before torch is loaded.
+    """Make OpenMP's threads sleep after some microseconds of waiting; to be called before torch is loaded.
 
-    By default they spin for milliseconds, which is a loss when another program holds one of the cores: products then
-    took two to three times as long. What a person says of it in the environment stands. See docs/speed.md.
+    By default threads spin for milliseconds, which costs time when another program holds one of the cores: products
+    then took two to three times as long. Settings that are already in the environment stand. See docs/speed.md.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def is_speaker() -> bool:
-    """Whether this process is the one that talks to the person: rank 0, or the only process."""
+    """Return whether this process is the one that prints: rank 0, or the only process."""
     return rank() == 0
 
 

@@ -1,4 +1,4 @@
-"""What a person did wrong, said in one line, with the way out.
+"""Errors that a user can cause, each told in one line with the way out.
 
 Every error that a user can cause is a `LlamaError`. Commands print its text and exit with code 2;
 library callers may catch it as the `ValueError` that it is. Anything else is a bug of ours.
@@ -38,7 +38,7 @@ class RankLostError(LlamaError):
 
 
 class DownloadError(LlamaError):
-    """What could not be downloaded: refused, broken off too often, or not what was announced."""
+    """A download that was refused, broke off too often, or differs from what was announced."""
 
 
 class DataError(LlamaError):
@@ -50,7 +50,7 @@ class AdapterError(LlamaError):
 
 
 class TrainingError(LlamaError):
-    """A training run that cannot start, continue or go on."""
+    """A training run that cannot start, go on or be resumed."""
 
 
 class QuantizationError(LlamaError):

@@ -6,8 +6,8 @@ Options that several commands take are declared and documented once, as the fiel
 
 takes `--ckpt_dir`, the fields of `Sampling` with the defaults of that instance, and the fields of `RunOptions`;
 `main` receives the two dataclasses filled in. `Annotated[RunOptions, Without("threads")]` leaves fields out, `Only`
-names those that are taken, and `Given[TrainSettings]` hands over the values that were typed, for defaults that hang
-together. What the docstring of `main` says of such a flag goes before what the dataclass says.
+names those that are taken, and `Given[TrainSettings]` hands over the values that were typed, for defaults that depend
+on other flags. Where the docstring of `main` describes such a flag, its text replaces that of the dataclass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Without:
         self.names = names
 
     def keeps(self, name: str) -> bool:
-        """Whether a field is a flag."""
+        """Return whether a field is a flag."""
         return name not in self.names
 
 
@@ -41,7 +41,7 @@ class Only(Without):
     """Fields of a dataclass that a command has flags for; the others keep their defaults."""
 
     def keeps(self, name: str) -> bool:
-        """Whether a field is a flag."""
+        """Return whether a field is a flag."""
         return name in self.names
 
 
@@ -58,7 +58,7 @@ class Given(Generic[Options]):
     values: Mapping[str, Any]
 
     def make(self, **defaults: Any) -> Options:
-        """Return the dataclass of what was typed, else of `defaults`, else of its own defaults."""
+        """Return the dataclass, filled from what was typed, then `defaults`, then its own defaults."""
         return self.kind(**{**defaults, **self.values})
 
 
@@ -70,8 +70,8 @@ class Flag:
         name: without dashes.
         parser: turns its text into its value, or raises a ValueError that says what it takes.
         default: its value where it is not typed; `REQUIRED` where it must be.
-        told: what it is for, in a line.
-        group: title of the options that it belongs to; empty for the command's own.
+        told: its help text, one line.
+        group: title of its group in the help; empty for the command's own flags.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Flag:
 
     @property
     def is_required(self) -> bool:
-        """Whether it must be typed."""
+        """True for a flag that must be typed."""
         return self.default is REQUIRED
 
 
@@ -100,14 +100,14 @@ def flags_of(main: Callable[..., None]) -> list[Flag]:
 
 
 def arguments_of(main: Callable[..., None], typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `main` is called with.
+    """Return the arguments to call `main` with.
 
     Args:
         main: a typed function.
         typed: the values of the flags that were typed, by name; `main` and its dataclasses have the others' defaults.
 
     Raises:
-        LlamaError: of a dataclass that refuses a value.
+        LlamaError: when a dataclass refuses a value.
     """
     arguments = {}
     for parameter, place in _places(main):
@@ -130,7 +130,7 @@ def summary_of(described: Callable[..., Any]) -> str:
 
 
 def _told(described: Callable[..., Any]) -> dict[str, str]:
-    """Return the lines of a docstring's `Args`, by name; a line may tell of several names."""
+    """Return the texts of a docstring's `Args` by name; an entry may list several names."""
     arguments = docstrings.parse(inspect.getdoc(described)).args or ()
     return {name.strip(): entry.description for entry in arguments for name in entry.name.split(",")}
 
@@ -140,13 +140,13 @@ def _told(described: Callable[..., Any]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Place:
-    """A parameter, or a field of another dataclass, that a dataclass is spread into flags for.
+    """A dataclass to be spread into flags, as a parameter of `main` or a field of another dataclass.
 
     Args:
         kind: the dataclass.
         default: an instance that brings the flags' defaults; None for the dataclass's own.
         choice: which of its fields are flags.
-        as_given: whether what was typed is wanted rather than the dataclass.
+        as_given: whether `main` receives a `Given` rather than the dataclass.
     """
 
     kind: Any
@@ -155,7 +155,7 @@ class _Place:
     as_given: bool = False
 
     def flags(self) -> list[Flag]:
-        """Return a flag a field, those of inner dataclasses last."""
+        """Return one flag for each field, those of inner dataclasses last."""
         told, title = _told(self.kind), summary_of(self.kind).rstrip(".")
         hints = typing.get_type_hints(self.kind)
         own = [
@@ -178,7 +178,7 @@ class _Place:
         return self.kind(**filled) if self.default is None else dataclasses.replace(self.default, **filled)
 
     def _fields(self) -> Iterator[tuple[dataclasses.Field[Any], _Place | None]]:
-        """Yield the fields that are flags, those that are dataclasses themselves with their own place."""
+        """Yield the fields that are flags, each with its own place if the field is a dataclass, else None."""
         hints = typing.get_type_hints(self.kind, include_extras=True)
         for field in dataclasses.fields(self.kind):
             if field.init and self.choice.keeps(field.name):
@@ -193,7 +193,7 @@ class _Place:
 
 
 def _places(main: Callable[..., None]) -> Iterator[tuple[inspect.Parameter, _Place | None]]:
-    """Yield the parameters of `main`, with the place of those that are dataclasses."""
+    """Yield the parameters of `main`, each with its place if the parameter is a dataclass, else None."""
     hints = typing.get_type_hints(main, include_extras=True)
     for parameter in inspect.signature(main).parameters.values():
         default = None if parameter.default is REQUIRED else parameter.default
@@ -228,7 +228,7 @@ def parse_bool(text: str) -> bool:
 
 
 def _parser(hint: Any) -> Parser:
-    """Return the parser of a flag's text for an annotation; of several kinds, the first is what a person types."""
+    """Return the parser of a flag's text for an annotation; of several types, a person types the first."""
     kinds = typing.get_args(hint) or (hint,)
     kind = next(kind for kind in kinds if kind is not type(None))
     if kind in (bool, str):

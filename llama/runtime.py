@@ -1,4 +1,4 @@
-"""Open a model, from files to this rank's shard, with the options that all commands share."""
+"""Opening of a model, from files to this rank's shard, and the options that all commands share."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.plan.advice import check_fit
 from llama.plan.inference import Workload
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.quantization.scheme import Asked, Scheme, choose_scheme
+from llama.sizes import show_count
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-# They come with the repository, not with an installed package.
+# Both come with the repository, not with an installed package.
 BUNDLED_MODEL, BUNDLED_DATA = ROOT / "ckpts" / "tiny", ROOT / "datasets" / "alpaca_tiny.json"
 
 
@@ -47,7 +48,7 @@ class RunOptions:
         no_plan: load without asking first whether the memory suffices.
 
     Raises:
-        LlamaError: for threads that are no positive number.
+        LlamaError: when `threads` is not a positive whole number.
     """
 
     dtype: str | torch.dtype = "auto"
@@ -67,7 +68,7 @@ class RunOptions:
         """Return the options of keyword arguments.
 
         Args:
-            quantize: "int8" or "int4", or a `Scheme` that says it in full; None for what the checkpoint holds.
+            quantize: "int8" or "int4", or a `Scheme` for every detail; None for what the checkpoint holds.
             fields: the other fields.
         """
         return cls(quantization=quantize if isinstance(quantize, Scheme | Asked) else Asked(quantize), **fields)
@@ -78,12 +79,12 @@ class Opened:
     """A model that is about to be loaded.
 
     Args:
-        checkpoint, tokenizer: open, of one model.
-        partition: its cut.
-        device, dtype: where and how it is going to be computed.
+        checkpoint, tokenizer: open, of the same model.
+        partition: the model's cut across the ranks.
+        device, dtype: device and dtype to compute in.
         n_threads: CPU threads of this rank.
         scheme: which weights are held as integers; None for none.
-        options: that it was opened with.
+        options: options that the model was opened with.
     """
 
     checkpoint: Checkpoint
@@ -96,7 +97,7 @@ class Opened:
     options: RunOptions = RunOptions()
 
     def check_fit(self, limits: Workload, expected: Workload | None = None) -> None:
-        """Refuse what cannot fit into memory, unless the options forbid asking: see `llama.plan.advice.check_fit`."""
+        """Refuse a run that cannot fit into memory, unless `no_plan` is set: see `llama.plan.advice.check_fit`."""
         if self.options.no_plan:
             return
         check_fit(
@@ -110,9 +111,9 @@ class Opened:
         return load_model(self.checkpoint, self.partition, ranks, self.dtype, self.scheme, self.options.offload_layers)
 
     def prepare_kernels(self) -> Ranks:
-        """Build and load the CPU's own kernels where they gain more than building them takes: the ranks that use them.
+        """Build and load the CPU kernels where the time saved pays for building; return the ranks, which may use them.
 
-        Every rank of the model makes this call, once the groups are started.
+        A collective call of the model-parallel group, once the groups are started.
         """
         n_bytes = rank_params(self.partition, 0) * self.dtype.itemsize
         pays = self.device.type == "cpu" and products.worth_building(n_bytes)
@@ -121,7 +122,7 @@ class Opened:
         return groups.share_memory(pays)
 
     def describe(self, seconds: float) -> str:
-        """One line for a person: what was loaded in so many seconds, and where."""
+        """Return the line that says what was loaded in how many seconds, and where."""
         checkpoint, size = self.checkpoint, self.partition.world_size
         where = "1 process" if size == 1 else f"{size} ranks"
         copies = groups.current().replicas
@@ -129,7 +130,7 @@ class Opened:
         files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
         integers = "" if self.scheme is None else f"{self.scheme.words()}, "
         return (
-            f"loaded {shown(checkpoint.path)} ({_count(n_unique_params(checkpoint.args))} parameters, {files}) "
+            f"loaded {shown(checkpoint.path)} ({show_count(n_unique_params(checkpoint.args))} parameters, {files}) "
             f"in {seconds:.1f} s: "
             f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
@@ -140,7 +141,7 @@ def model_or_bundled(ckpt_dir: str | None) -> str:
     """Return the checkpoint that was named, or the bundled one.
 
     Raises:
-        UsageError: where there is none to fall back on.
+        UsageError: when neither was named nor is bundled.
     """
     if ckpt_dir is not None:
         return ckpt_dir
@@ -160,11 +161,11 @@ def open_model(
     Args:
         ckpt_dir: anything that `open_checkpoint` reads.
         tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights, then one folder up.
-        options: where and how; what is "auto" is chosen here.
+        options: device, dtype and memory; "auto" is decided here.
         model_parallel_size: ranks that share the model; None for all that torchrun started.
 
     Raises:
-        LlamaError: for anything that cannot be; no other rank is waited for, so call it in a `groups.phase`.
+        LlamaError: for files or options that cannot be used; call it in a `groups.phase`, since no rank is waited for.
     """
     device = choose_device(options.device)
     n_threads = set_threads(options.threads)
@@ -172,7 +173,7 @@ def open_model(
     args = checkpoint.args
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
-    scheme = settle(options.quantization, checkpoint.scheme, shown(checkpoint.path))
+    scheme = choose_scheme(options.quantization, checkpoint.scheme, shown(checkpoint.path))
     if scheme is not None and args.tied and scheme.embedding not in (None, scheme.output):
         notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(args, scheme, groups.model_size(model_parallel_size), options.tensor_split)
@@ -182,7 +183,7 @@ def open_model(
 
 
 def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
-    """Whether a tokenizer can serve a model: ids that the model lacks would crash it, so it must not be larger.
+    """Refuse a tokenizer of another model: an id that the model lacks would crash the run.
 
     Raises:
         TokenizerError: naming both sizes.
@@ -203,10 +204,6 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Checkpoint) -> None:
 
 
 def shown(path: Path) -> Path:
-    """A path as a person would type it."""
+    """Return a path as a person would type it: relative to the current folder where it lies below."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

@@ -1,6 +1,7 @@
-"""The house: imports point one way, folders of files stay folders of files, importing is quick."""
+"""The house: imports point one way, folders of files stay folders of files, importing is quick, docstrings name."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 # all that may import it, so that no two can import each other.
 BASE = {"errors", "env", "config"}
 MODEL = BASE | {"rope", "ops", "attention", "cache", "kernels", "parallel", "device", "noise"}
-CHECKPOINT = MODEL | {"model", "copies", "offload", "quantization"}
+CHECKPOINT = MODEL | {"sizes", "model", "copies", "offload", "quantization"}
 TEXT = {"errors", "tokenizer", "chat", "data"}
 ALLOWED = {
     "errors": set(),
     "env": {"errors"},
+    "sizes": {"errors"},
     "config": {"errors", "env"},
     "noise": set(),
     "device": {"env", "errors"},
@@ -42,14 +44,14 @@ ALLOWED = {
     "generation": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
     "finetuning": CHECKPOINT | TEXT | {"checkpoint", "plan", "adapters", "runtime"},
     "cli": BASE | {"parallel", "flags"},
-    "download": {"errors", "config", "cli"},
-    "__main__": {"env", "errors", "cli"},
+    "download": {"errors", "sizes", "config", "cli"},
 }
 ALLOWED["commands"] = set(ALLOWED)  # they stand on everything
 
 
 def modules(root: Path) -> list[Path]:
-    return sorted((root / "llama").rglob("*.py"))
+    """All but the files that Python runs for `-m`: they start commands."""
+    return [path for path in sorted((root / "llama").rglob("*.py")) if path.name != "__main__.py"]
 
 
 def part_of(path: Path, root: Path) -> str:
@@ -132,6 +134,25 @@ def test_the_environment_is_settled_before_torch_is_loaded(root: Path) -> None:
 def test_entry_points_are_short(root: Path) -> None:
     for path in root.glob("*.py"):
         assert len(path.read_text().splitlines()) < 80, path.name
+
+
+def docstrings(path: Path) -> list[tuple[int, str]]:
+    """Line and text of every docstring of a file: module, classes, functions and methods."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+    return [(getattr(node, "lineno", 1), text) for node in nodes if (text := ast.get_docstring(node)) is not None]
+
+
+def test_docstrings_say_it_rather_than_ask(root: Path) -> None:
+    paths = [*root.glob("*.py"), *(root / "llama").rglob("*.py"), *(root / "scripts").rglob("*.py")]
+    found = [(path, line, text) for path in sorted(paths) for line, text in docstrings(path)]
+    assert len(found) > 1000  # the walk finds them
+    refused = [
+        f"{path.relative_to(root)}:{line}: {text.splitlines()[0]}"
+        for path, line, text in found
+        if re.match(r"(what|how|whether)\b", text.lstrip("\"'`*_ "), flags=re.IGNORECASE)
+    ]
+    assert not refused, "begin with a verb or with what it is (see CONTRIBUTING.md):\n" + "\n".join(refused)
 
 
 def test_pins_and_ranges_agree(root: Path) -> None:

@@ -1,1 +1,1 @@
-"""Soft prompts and LoRA: what they are, on a model and in files."""
+"""Soft prompts and LoRA: as data, on a model and in files."""

@@ -1,4 +1,4 @@
-"""What fine-tuning makes: a soft prompt or LoRA matrices, whole, apart from any model and any rank."""
+"""Adapters as data: a soft prompt or LoRA matrices, whole, apart from any model and any rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class PromptAdapter:
 
     Args:
         prompt: the virtual tokens' embeddings, [n_virtual_tokens, dim] float32; they stand before BOS.
-        init_text: what they were initialised from, if that was a text.
-        base_model: name or path of the model that it was trained for.
+        init_text: the text whose embeddings the prompt was initialised from; None for another start.
+        base_model: name or path of the model that the prompt was trained for.
     """
 
     prompt: Tensor
@@ -38,9 +38,9 @@ class LoraAdapter:
         targets: kinds of linears that are updated, by Meta's names ("wq", "w2"), in the order of the layer.
         weights: A [r, in_features] and B [out_features, r], float32, by the linear's name
             ("layers.0.attention.wq"); rows of B in Meta's order.
-        dropout: probability with which a feature of x is left out in training.
+        dropout: probability of dropping a feature of x in training.
         use_rslora: whether the scaling is alpha / sqrt(r) (arXiv:2312.03732) in place of alpha / r.
-        base_model: name or path of the model that it was trained for.
+        base_model: name or path of the model that the updates were trained for.
     """
 
     r: int
@@ -71,7 +71,7 @@ _ALL = ("all", "all-linear")
 
 
 def resolve_targets(text: str) -> tuple[str, ...]:
-    """The kinds of linears that a list such as "wq,wv" or "q_proj,v_proj" names, by Meta's names.
+    """Return the kinds of linears that a list such as "wq,wv" or "q_proj,v_proj" names, by Meta's names.
 
     Args:
         text: names separated by commas, Meta's or Hugging Face's; "all" or "all-linear" for every kind.
@@ -80,7 +80,7 @@ def resolve_targets(text: str) -> tuple[str, ...]:
         Meta's names in the order of the layer.
 
     Raises:
-        UsageError: for a name that is no linear's, or one that LoRA is not offered for.
+        UsageError: for a name that no linear has, or that of the embedding or the output layer.
     """
     ours = {hf: meta for meta, hf in TARGETS.items()} | {meta: meta for meta in TARGETS}
     named: set[str] = set()
@@ -104,7 +104,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def linears(args: ModelArgs, targets: Iterable[str] = tuple(TARGETS)) -> dict[str, Spec]:
-    """The layers' linears of some kinds, by name ("layers.0.attention.wq"), in the model's order."""
+    """Return the layers' linears of these kinds, by name ("layers.0.attention.wq"), in the model's order."""
     kinds = set(targets)
     return {
         spec.name.removesuffix(".weight"): spec
@@ -117,7 +117,7 @@ def check_fits(adapter: LoraAdapter, args: ModelArgs) -> None:
     """Refuse an adapter that was made for another model.
 
     Raises:
-        AdapterError: when it updates a linear that the model lacks or has in another shape.
+        AdapterError: when the adapter updates a linear that the model lacks or has in another shape.
     """
     known = linears(args)
     for name, (a, b) in adapter.weights.items():

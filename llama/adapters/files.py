@@ -43,13 +43,13 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
 
     Args:
         path: PEFT's folder (`adapter_config.json` with `adapter_model.safetensors`, or the older `.bin` in either of
-            torch's formats) or a file in it; where the one of the two weights files that it names is not there, the
-            other is taken. Also a soft prompt's file alone, PEFT's or a `prefix.N.pth`.
-        args: the model's.
+            torch's formats) or a file in that folder; if the weights file named is missing, the other one of the two
+            is read. Or a soft prompt's file alone: PEFT's, or a `prefix.N.pth`.
+        args: geometry of the model.
 
     Raises:
-        AdapterError: when it is missing, damaged, holds code, computes what is not computed here, or belongs to
-            another model.
+        AdapterError: when the adapter is missing, damaged, holds code, needs a computation that is not supported, or
+            belongs to another model.
     """
     path = Path(path)
     with _told_of_adapters():
@@ -73,17 +73,17 @@ def read_adapter(path: str | Path, args: ModelArgs) -> Adapter:
 
 
 def write_adapter(folder: Path, adapter: Adapter, args: ModelArgs, base_name: str | None = None) -> None:
-    """Write an adapter as PEFT does, read it back, and only then put it in the place of an earlier one.
+    """Write an adapter as PEFT does, read the files back, and only then replace an earlier adapter with them.
 
     Args:
-        folder: where; made if it is not there. Its other files stay, but for the older weights file of an adapter.
-        adapter: what was trained, whole.
-        args: the geometry of its base.
-        base_name: name or path of the base, where it is another than the adapter's own.
+        folder: where to write; made if it is missing. Its other files stay, except an older `adapter_model.bin`.
+        adapter: the whole adapter.
+        args: geometry of the base model.
+        base_name: name or path of the base model, if another than the adapter's `base_model`.
 
     Raises:
-        AdapterError: when it cannot be written, or is not read back bit for bit (values that are no numbers are not);
-            what stood there is as it was.
+        AdapterError: when the files cannot be written, or are not read back bit for bit (NaN and infinity are not);
+            an adapter that was there before stays as it was.
     """
     folder = Path(folder)
     adapter = replace(adapter, base_model=base_name or adapter.base_model)
@@ -106,7 +106,7 @@ def write_adapter(folder: Path, adapter: Adapter, args: ModelArgs, base_name: st
 
 @contextmanager
 def _told_of_adapters() -> Iterator[None]:
-    """Mistakes that the checkpoint's readers and writers tell, and the system's, as those of an adapter."""
+    """Turn errors of the checkpoint's readers and writers, and of the system, into an `AdapterError`."""
     try:
         yield
     except CheckpointError as error:
@@ -119,7 +119,7 @@ def _told_of_adapters() -> Iterator[None]:
 
 
 def _weights_file(path: Path) -> Path:
-    """The file with the tensors of the adapter that `path` names."""
+    """Return the file with the tensors of the adapter at `path`."""
     names = (WEIGHTS_NAME, OLDER_WEIGHTS_NAME)
     folder = path.parent if path.name == CONFIG_NAME and path.is_file() else path
     if folder.is_dir():
@@ -162,7 +162,7 @@ def _prompt_config(adapter: PromptAdapter, args: ModelArgs) -> dict[str, Any]:
         "num_layers": args.n_layers,
         "num_attention_heads": args.n_heads,
         "num_transformer_submodules": 1,
-        # With "TEXT" PEFT asks for a tokenizer, of which a trained prompt has no need; the text may stand all the same.
+        # With "TEXT" PEFT asks for a tokenizer, which a trained prompt does not need; the text may be kept.
         "prompt_tuning_init": "RANDOM",
         "prompt_tuning_init_text": adapter.init_text,
         "tokenizer_name_or_path": None,
@@ -195,7 +195,7 @@ def _common_config(kind: str, adapter: Adapter) -> dict[str, Any]:
 
 
 def _target_modules(adapter: LoraAdapter, args: ModelArgs) -> list[str]:
-    """The kinds that are updated, where that is in every layer; otherwise every module by its whole name."""
+    """Return the kinds of linears that are updated, if in every layer; otherwise every module by its whole name."""
     table = linears(args)
     modules = [peft_config.module_of(spec) for name, spec in table.items() if name in adapter.weights]
     kinds = list(dict.fromkeys(module.rpartition(".")[2] for module in modules))
@@ -210,7 +210,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the new names outlive a power failure, on file systems that can promise it."""
+    """Make the renames survive a power failure, on file systems that can promise it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -220,7 +220,7 @@ def _sync(folder: Path) -> None:
 
 
 def _is_same(written: Adapter, found: Adapter) -> bool:
-    """Whether an adapter was read back as it was written, bit for bit; float32 is what is stored."""
+    """Return whether an adapter was read back as it was written, bit for bit; files hold float32."""
     if isinstance(written, PromptAdapter):
         return isinstance(found, PromptAdapter) and (
             written.init_text == found.init_text and _is_equal(written.prompt, found.prompt)

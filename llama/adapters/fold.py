@@ -1,4 +1,4 @@
-"""Fold a LoRA into the weights of a checkpoint, as they are read."""
+"""Folding of a LoRA into the weights of a checkpoint while they are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama.errors import AdapterError
 
 
 def fold(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """W + scaling * B A, in float32 or what is wider: [out, in], [r, in] and [out, r] to [out, in]."""
+    """Return W + scaling * B A, in float32 or a wider dtype: [out, in], [r, in] and [out, r] to [out, in]."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
 

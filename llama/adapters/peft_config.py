@@ -1,7 +1,7 @@
-"""`adapter_config.json` as PEFT writes it: which fields are read, which may say anything, and what is refused.
+"""PEFT's `adapter_config.json`: the fields that are read, those that may hold anything, and those that are refused.
 
-Fields are those of peft 0.21 (src/peft/tuners/{prompt_tuning,lora}/config.py) and of earlier versions. One that is
-not listed here is refused as soon as it holds anything, so that an option of a later PEFT is not passed over.
+Fields are those of peft 0.21 (src/peft/tuners/{prompt_tuning,lora}/config.py) and of earlier versions. A field that is
+not listed here is refused as soon as it holds anything, so that no option of a later PEFT is silently ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HARMLESS = frozenset(
     }
 )  # fmt: skip
 _FREE = {
-    # How a prompt began does not matter once it is trained: "TEXT" without a tokenizer loads here, not in PEFT.
+    # A trained prompt's initialisation does not matter: "TEXT" without a tokenizer loads here, not in PEFT.
     PROMPT_TUNING: _HARMLESS
     | {
         "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers",
@@ -38,14 +38,14 @@ _FREE = {
     | {
         "r", "lora_alpha", "lora_dropout", "use_rslora",
         "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-        # Of the start or the backward pass alone; starts that change the base are told by init_lora_weights.
+        # Initialisation or the backward pass alone; an initialisation that changes the base shows in init_lora_weights.
         "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "merge_weights",
-        # Of linears that a Llama does not have, of QALoRA, and of tied layers, where no LoRA is taken.
+        # Linears that a Llama does not have, QALoRA, and tied layers, on which no LoRA is loaded.
         "megatron_core", "qalora_group_size", "ensure_weight_tying",
     },
 }  # fmt: skip
-# Fields that are fine at these values besides empty ones. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA set out from a
-# base that they changed; the starts listed here leave it as it is.
+# Fields that are accepted at these values besides empty ones. PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change the base
+# at initialisation; the initialisations listed here leave the base as it is.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "num_transformer_submodules": (1,),
     "bias": ("none",),
@@ -59,7 +59,7 @@ _OUTSIDE_LAYERS = ("model.embed_tokens", "lm_head")
 
 
 def read_config(path: Path) -> Mapping[str, Any]:
-    """The content of an `adapter_config.json` whose adapter can be loaded.
+    """Return the content of an `adapter_config.json` whose adapter can be loaded.
 
     Raises:
         AdapterError: for another kind of adapter, a missing field, and a field that changes the computation, named
@@ -88,13 +88,13 @@ def read_config(path: Path) -> Mapping[str, Any]:
 
 
 def text(config: Mapping[str, Any], field: str) -> str | None:
-    """A field that is only told on; None unless it holds a text."""
+    """Return a field that is only passed on; None unless its value is a text."""
     value = config.get(field)
     return value if isinstance(value, str) and value else None
 
 
 def count(path: Path, config: Mapping[str, Any], field: str) -> int:
-    """A field that must be a positive integer."""
+    """Return a field that must be a positive integer."""
     value = config[field]
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise AdapterError(f"{path}: {field} must be a positive integer, found {value!r}")
@@ -102,7 +102,7 @@ def count(path: Path, config: Mapping[str, Any], field: str) -> int:
 
 
 def number(path: Path, config: Mapping[str, Any], field: str, default: float = 0.0) -> float:
-    """A field that must be a finite number."""
+    """Return a field that must be a finite number."""
     value = config.get(field)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
@@ -111,7 +111,7 @@ def number(path: Path, config: Mapping[str, Any], field: str, default: float = 0
 
 
 def truth(path: Path, config: Mapping[str, Any], field: str) -> bool:
-    """A field that must be true or false, and is false where it is not there."""
+    """Return a field that must be true or false; False where the field is missing."""
     value = config.get(field)
     if value not in (None, True, False):
         raise AdapterError(f"{path}: {field} must be true or false, found {value!r}")
@@ -119,7 +119,7 @@ def truth(path: Path, config: Mapping[str, Any], field: str) -> bool:
 
 
 def check_base(path: Path, config: Mapping[str, Any], args: ModelArgs) -> None:
-    """Whether a prompt's base has the model's layers and heads, where the file tells them.
+    """Check that a prompt's base has the model's layers and heads, as far as the file says.
 
     Raises:
         AdapterError: naming both numbers.
@@ -132,13 +132,12 @@ def check_base(path: Path, config: Mapping[str, Any], args: ModelArgs) -> None:
 
 
 def targeted(path: Path, config: Mapping[str, Any], linears: Collection[Spec]) -> set[str] | None:
-    """Which linears of the layers the file says are updated, by Hugging Face's names of the modules.
+    """Return Hugging Face's names of the linears that `target_modules` updates; None where the field is missing.
 
-    A list names modules by the ends of their names, a text is a regular expression for whole names or "all-linear";
-    None where `target_modules` leaves it open.
+    A list holds the ends of module names; a text is a regular expression for whole names, or "all-linear".
 
     Raises:
-        AdapterError: when it cannot be read, or also targets the embedding or the output layer.
+        AdapterError: when the field cannot be read, or also targets the embedding or the output layer.
     """
     targets = config.get("target_modules")
     if targets is None:
@@ -164,7 +163,7 @@ def targeted(path: Path, config: Mapping[str, Any], linears: Collection[Spec]) -
 
 
 def module_of(spec: Spec) -> str:
-    """Hugging Face's name of a linear's module."""
+    """Return Hugging Face's name of a linear's module."""
     return spec.hf_name.removesuffix(".weight")
 
 
@@ -180,7 +179,7 @@ def _matches(path: Path, field: str, pattern: Any, module: str) -> bool:
 
 
 def _in_layers(layers: Any, module: str) -> bool:
-    """PEFT's `layers_to_transform`: one layer, or a list; none and an empty list mean all."""
+    """Return whether `layers_to_transform` (one layer, or a list; None and [] mean all) covers a module."""
     if layers is None or layers == []:
         return True
     match = re.search(r"\.layers\.(\d+)\.", module)

@@ -1,4 +1,4 @@
-"""The tensors of an adapter's file: PEFT's names and row order outside, Meta's inside, float32, checked."""
+"""Tensors of an adapter's file, checked: PEFT's names and row order in the file, Meta's in memory, float32."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Stored = Mapping[str, StoredTensor]
 
 
 def read_prompt(file: Path, stored: Stored, key: str, args: ModelArgs) -> Tensor:
-    """The soft prompt under `key`, the only tensor of the file: [n_virtual_tokens, dim] float32.
+    """Read the soft prompt under `key`, the only tensor of the file: [n_virtual_tokens, dim] float32.
 
     Raises:
-        AdapterError: for other tensors, another width than the model's, and values that are no numbers.
+        AdapterError: for other tensors, another width than the model's, and values that are NaN or infinite.
     """
     _refuse_unknown(file, [name for name in stored if name != key])
     if key not in stored:
@@ -48,7 +48,7 @@ def read_prompt(file: Path, stored: Stored, key: str, args: ModelArgs) -> Tensor
 
 
 def prompt_tensors(adapter: PromptAdapter) -> dict[str, Tensor]:
-    """A soft prompt by PEFT's name."""
+    """Return a soft prompt under PEFT's name."""
     return {PROMPT_KEY: _plain(adapter.prompt)}
 
 
@@ -56,12 +56,11 @@ def prompt_tensors(adapter: PromptAdapter) -> dict[str, Tensor]:
 
 
 def read_lora(file: Path, stored: Stored, config_path: Path, config: Mapping[str, Any], args: ModelArgs) -> LoraAdapter:
-    """The LoRA matrices that a file holds and its `adapter_config.json` announces.
+    """Read the LoRA matrices that a file holds and its `adapter_config.json` announces.
 
     Raises:
-        AdapterError: for tensors that the model has no place for, that lack their other half, that the configuration
-            announces and the file lacks or the other way round, of another rank or width, or with values that are
-            no numbers.
+        AdapterError: for tensors that the model has no place for, an A without its B or a B without its A, updates
+            that only one of configuration and file has, another rank or width, and values that are NaN or infinite.
     """
     r = count(config_path, config, "r")
     keys = _lora_keys(file, stored, args)
@@ -81,7 +80,7 @@ def read_lora(file: Path, stored: Stored, config_path: Path, config: Mapping[str
 
 
 def lora_tensors(adapter: LoraAdapter, args: ModelArgs) -> dict[str, Tensor]:
-    """LoRA matrices by PEFT's names, B of `wq` and `wk` in Hugging Face's row order.
+    """Return LoRA matrices by PEFT's names, B of `wq` and `wk` in Hugging Face's row order.
 
     Raises:
         AdapterError: when the model has no such linear.
@@ -97,7 +96,7 @@ def lora_tensors(adapter: LoraAdapter, args: ModelArgs) -> dict[str, Tensor]:
 
 
 def _lora_keys(file: Path, stored: Stored, args: ModelArgs) -> dict[str, dict[str, str]]:
-    """The file's name of either half ("A", "B") of every update, by Meta's name of the weight."""
+    """Return the file's name of each half ("A", "B") of every update, by Meta's name of the weight."""
     modules = {module_of(spec): spec.name for spec in linears(args).values()}
     found: dict[str, dict[str, str]] = {}
     unknown = []
@@ -128,7 +127,7 @@ def _check_layer(file: Path, key: str, args: ModelArgs) -> None:
 
 
 def _layer(name: str) -> int:
-    """The layer that a name tells, or -1."""
+    """Return the layer number in a name, or -1."""
     match = re.search(r"\.layers\.(\d+)\.", name)
     return -1 if match is None else int(match[1])
 
@@ -187,19 +186,19 @@ def _list(names: list[str]) -> str:
 
 @torch.no_grad()  # a file may hold parameters, which ask for gradients
 def _read(file: Path, key: str, stored: StoredTensor) -> Tensor:
-    """One whole tensor in float32."""
+    """Read one whole tensor as float32."""
     values = torch.empty(stored.shape, dtype=torch.float32)
     for dim, start, piece in stored.pieces(tuple(slice(0, size) for size in stored.shape)):
         values.narrow(dim, start, piece.shape[dim]).copy_(piece)
     wrong = int((~values.isfinite()).sum())
     if wrong:
         raise AdapterError(
-            f"{file}: {key} has {wrong} values of {values.numel()} that are NaN or infinite: the training that made "
-            "it went astray; take an earlier checkpoint of it"
+            f"{file}: {key} has {wrong} values of {values.numel()} that are NaN or infinite: the training "
+            "diverged; take an earlier checkpoint of its run"
         )
     return values
 
 
 def _plain(values: Tensor) -> Tensor:
-    """A copy of its own, as safetensors asks for."""
+    """Return a contiguous float32 copy that shares no memory, as safetensors asks for."""
     return values.detach().to("cpu", torch.float32).clone(memory_format=torch.contiguous_format)

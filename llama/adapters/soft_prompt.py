@@ -1,4 +1,4 @@
-"""What an adapter changes at generation: LoRA the linears of a model, a soft prompt what stands before every text."""
+"""Adapters at generation: checked against the model, a soft prompt run once as the prefix of every text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llama.model import Transformer
 
 
 def fitting_adapter(adapter: str | Path | Adapter | None, args: ModelArgs) -> Adapter | None:
-    """An adapter that fits the model, read from its files where a path is given.
+    """Return an adapter that fits the model, read from its files where a path is given.
 
     Raises:
-        AdapterError: it is missing, damaged or of another model.
+        AdapterError: when the adapter is missing, damaged or of another model.
     """
     if isinstance(adapter, str | Path):
         return read_adapter(adapter, args)
@@ -34,15 +34,15 @@ def fitting_adapter(adapter: str | Path | Adapter | None, args: ModelArgs) -> Ad
 
 
 def n_virtual_tokens(adapter: Adapter | None) -> int:
-    """Positions that an adapter puts before every text."""
+    """Return the number of positions that an adapter puts before every text."""
     return adapter.prompt.shape[0] if isinstance(adapter, PromptAdapter) else 0
 
 
 @torch.inference_mode()
 def prefix_of(model: Transformer, prompt: Tensor) -> KVCache:
-    """The keys and values of embeddings [P, dim] at positions 0 to P - 1: a full cache of one slot; a collective.
+    """Compute the keys and values of embeddings [P, dim] at positions 0 to P - 1: a full cache of one slot.
 
-    They are computed in the model's dtype, as PEFT does, and are the same for every text that follows.
+    A collective call. Keys and values have the model's dtype, as in PEFT, and are the same for every text.
     """
     weight = model.norm.weight
     embeddings = prompt.to(device=weight.device, dtype=weight.dtype).unsqueeze(0)
@@ -52,7 +52,7 @@ def prefix_of(model: Transformer, prompt: Tensor) -> KVCache:
 
 
 def describe_adapter(adapter: Adapter | None) -> str:
-    """What is used besides the model, for the line that tells what was loaded: ", with a soft prompt of 32 tokens"."""
+    """Return the end of the line that says what was loaded: ", with a soft prompt of 32 tokens"; empty for None."""
     if isinstance(adapter, PromptAdapter):
         n_tokens = n_virtual_tokens(adapter)
         return f", with a soft prompt of {n_tokens} token{'' if n_tokens == 1 else 's'}"

@@ -7,7 +7,7 @@ The JSON file of `--output_json` is one object:
 
     text_file, n_tokens (of the text), n_windows, max_seq_len
     device, world_size
-    results         one for each model, the first of them what the others are compared with: ckpt_dir, quantization (in
+    results         one for each model; the others are compared with the first: ckpt_dir, quantization (in
                     words; null for none), dtype, perplexity, nats (mean negative log-probability of a token), ratio (to
                     the first one's perplexity), change (mean magnitude by which a token's log-probability differs from
                     the first one's, nats)
@@ -46,8 +46,8 @@ class Subject:
 
     Args:
         ckpt_dir: its checkpoint.
-        options: how it is loaded, and quantized as it is.
-        words: how it is quantized, loaded so or stored so; None for not at all.
+        options: options to load it with, quantization included.
+        words: its quantization in words, at load or as stored; None for none.
     """
 
     ckpt_dir: str
@@ -56,7 +56,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Of its line in the table."""
+        """The label of its line in the table."""
         return self.ckpt_dir if self.words is None else f"{self.ckpt_dir}, {self.words}"
 
 
@@ -83,7 +83,7 @@ def _words(checkpoint: Checkpoint) -> str | None:
 
 
 def table(names: Sequence[str], scores: Sequence[Scores]) -> str:
-    """A line a model; the first is what the others are compared with."""
+    """Return one line of figures for each model; the others are compared with the first."""
     rows = [["", "perplexity", "nats a token", "ratio", "change"]]
     for name, own in zip(names, scores, strict=True):
         row = [name, f"{own.perplexity:.4f}", f"{own.nats:.5f}"]
@@ -99,7 +99,7 @@ def table(names: Sequence[str], scores: Sequence[Scores]) -> str:
 
 
 def record(subject: Subject, own: Scores, first: Scores, dtype: torch.dtype) -> dict[str, Any]:
-    """One of the results of `--output_json`."""
+    """Return one entry of `results` in `--output_json`."""
     return {
         "ckpt_dir": subject.ckpt_dir,
         "quantization": subject.words,
@@ -120,7 +120,7 @@ def main(
     engine: Annotated[EngineOptions, Without("compile")] = EngineOptions(max_batch_size=8),
     options: RunOptions = RunOptions(),
 ) -> None:
-    """Tell the perplexity of a text under a model, and what quantizing the model costs.
+    """Measure the perplexity of a text under a model, and what quantizing the model costs.
 
     Args:
         ckpt_dir: anything that example.py reads.
@@ -145,7 +145,7 @@ def main(
         records.append(record(subject, scores[-1], scores[0], llama.model.norm.weight.dtype))
         place = {"device": llama.model.ranks.device.type, "world_size": llama.model.ranks.world_size}
         del llama
-        gc.collect()  # the next one gets its memory
+        gc.collect()  # free its memory for the next model
     n_tokens, length = len(scores[0].log_probs), engine.max_seq_len
     if is_speaker():
         print(f"{text_file}: {n_tokens:,} tokens in {len(texts):,} windows of {length}, BOS in front of each")

@@ -1,4 +1,4 @@
-"""Fine-tune a model: `ft_main.py`, `llama-shards tune`. Read records, load a model, train, say where the result is."""
+"""Fine-tune a model on Alpaca records: `ft_main.py`, `llama-shards tune`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llama.runtime import BUNDLED_DATA, BUNDLED_MODEL, Opened, RunOptions, model
 # A soft prompt starts from the words that open Alpaca's template.
 INIT_TEXT = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 LEARNING_RATES = {"prompt": 0.03, "lora": 0.0003}
-# The bundled model is small and has read one kind of text: its prompt starts from that, and learns fast.
+# The bundled model is small and has read one kind of text: a prompt that starts from such a text learns fast.
 BUNDLED = {
     "batch_size": 16,
     "num_epochs": 5.0,
@@ -93,7 +93,7 @@ def main(
         opened.check_fit(workload(settings, n_copies, encoded.examples))
     ranks = groups.start(opened.device, tp)
     if opened.scheme is not None or ranks.world_size > 1:
-        ranks = opened.prepare_kernels()  # they widen integers, and ranks exchange by them
+        ranks = opened.prepare_kernels()  # the kernels widen integers and carry collectives between ranks
     with groups.phase("load"):
         model = opened.load(ranks)
     notice(opened.describe(time.perf_counter() - started))
@@ -126,7 +126,7 @@ def _settings(given: Given[TrainSettings], is_bundled: bool) -> TrainSettings:
 
 
 def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
-    """The model and the records: both given, or the bundled ones."""
+    """Return the model and the records: both as given, or both bundled."""
     if (ckpt_dir is None) != (dataset is None):
         missing = "--dataset" if dataset is None else "--ckpt_dir"
         raise UsageError(f"{missing} must be given too; without both, the bundled model learns the bundled records")
@@ -136,7 +136,7 @@ def _sources(ckpt_dir: str | None, dataset: str | None) -> tuple[str, str]:
 
 
 def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict[str, Any]:
-    """What must be the same for a run to go on."""
+    """Return everything that must be the same for a run to be resumed."""
     args = opened.checkpoint.args
     return {
         **settings.decisive(),
@@ -149,7 +149,7 @@ def _describe_run(settings: TrainSettings, opened: Opened, records: str) -> dict
 
 
 def _fingerprint(checkpoint: Checkpoint) -> str:
-    """What tells a model from another of its geometry, in any layout: a hash of its smallest tensor."""
+    """Return a hash of a model's smallest tensor: it tells models of one geometry apart, in any layout."""
     tensor = checkpoint.tensors["norm.weight"]
     values = torch.empty(tensor.spec.shape)
     tensor.read_into(tuple(slice(0, size) for size in tensor.spec.shape), values)
@@ -161,7 +161,7 @@ def _of(encoded: Encoded, indices: Sequence[int]) -> list[Example]:
 
 
 def _tuning(settings: TrainSettings, opened: Opened, model: Transformer) -> Tuning:
-    """What is going to be trained, in its first state; a collective call."""
+    """Make the soft prompt or LoRA that will be trained, in its initial state; a collective call."""
     if settings.method == "lora":
         targets = resolve_targets(settings.lora_targets)
         return add_lora(
@@ -196,7 +196,7 @@ def _trainer_class(settings: TrainSettings) -> type[Trainer]:
 
 
 def _resume(run: Trainer) -> None:
-    """Go on from the last checkpoint, where there is one."""
+    """Resume the run from its last checkpoint, if there is one."""
     steps = groups.broadcast_object(run.folder.checkpoints())
     if not steps:
         notice(f"{run.folder.path} holds no checkpoint yet: the run starts anew")
@@ -207,7 +207,7 @@ def _resume(run: Trainer) -> None:
 
 
 def _say_result(run: Trainer, started: float, ckpt_dir: str, tokenizer_path: str | None, options: RunOptions) -> None:
-    """Where the adapter is, and the command to try it."""
+    """Print where the adapter is, and the command to try it."""
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     best = "" if run.best is None else f" of step {run.best[1]} (eval loss {run.best[0]:.4f})"
     where = shown(run.folder.path.resolve())

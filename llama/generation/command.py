@@ -1,4 +1,4 @@
-"""Tasks of `example.py` and `example_ft.py` on a model: each is run, shown and written down."""
+"""The tasks of `example.py` and `example_ft.py`, run on a model, printed and written to a file."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Query:
 
     Args:
         prompt: what the model reads: a text or token ids.
-        shown: what is printed above the answer.
-        source: what `--output_json` says of it.
+        shown: text that is printed above the answer.
+        source: entries of `--output_json` that say what was asked.
     """
 
     prompt: Any
@@ -43,7 +43,7 @@ def run_tasks(
     tasks: Tasks, sampling: Sampling, output: Output, engine: EngineOptions, ckpt_dir: str,
     tokenizer_path: str | None, options: RunOptions, **settings: Any,
 ) -> None:  # fmt: skip
-    """Load a model, run the tasks, print results on rank 0 and the summary after them, write one record a result.
+    """Load a model, run the tasks, print results and a summary on rank 0, and write a record for each result.
 
     Args:
         tasks: texts or dialogs.
@@ -67,7 +67,7 @@ class _Runner:
 
     Args:
         llama: loaded.
-        tasks, output: as asked for.
+        tasks, output: as the flags say.
         options: keyword arguments of the methods of `Llama`.
     """
 
@@ -203,10 +203,14 @@ def _ask() -> str | None:
 
 
 def write_json(path: str | None, records: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> None:
-    """Write the results on rank 0, beside and renamed, so that no half of a file is left; nothing without a path.
+    """Write the results on rank 0, to a temporary file that is then renamed, so that no partial file is left.
+
+    Args:
+        path: the file; None to write nothing.
+        records: JSON content.
 
     Raises:
-        LlamaError: on every rank, when the system refuses.
+        LlamaError: on every rank, when the file cannot be written.
     """
     if path is None:
         return

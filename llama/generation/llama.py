@@ -1,4 +1,4 @@
-"""`Llama`: a model and its tokenizer, and everything that is asked of them."""
+"""`Llama`: a model with its tokenizer, and the calls that generate text."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class StreamedToken:
 
     Args:
         index: the prompt, counted from 0.
-        token: its id; None on an end that adds no token (a stop token, or nothing to generate).
-        text: what it adds to the text; may lag behind while a character, or what could be a stop
-            string, is incomplete. With `echo` the first new token brings the prompt's text along.
-        logprob: its log-probability, natural logarithm, under the model without temperature.
+        token: the token's id; None on an end that adds no token (a stop token, or nothing to generate).
+        text: the text that has become certain with this token; it lags behind while a character, or a
+            possible stop string, is incomplete. With `echo` the first new token carries the prompt's text too.
+        logprob: the token's log-probability, natural logarithm, under the model without temperature.
         finish_reason: "stop" or "length" on the prompt's last token.
-        is_prompt: whether it is one of the prompt's own, which come first with `echo`.
-        n_dropped: on the last token, how many of the newest belong to a stop string.
+        is_prompt: whether the token is one of the prompt's own, which come first with `echo`.
+        n_dropped: on the last token, how many of the newest tokens belong to a stop string.
     """
 
     index: int
@@ -58,13 +58,13 @@ class StreamedToken:
 
 @dataclass
 class Completion:
-    """All that came for one prompt.
+    """The whole result of one prompt.
 
     Args:
         tokens: new token ids, without stop token or stop string; after the prompt's own with `echo`.
-        logprobs: of each token; that of a prompt's first is 0.0.
-        text: what the tokens say.
-        finish_reason: why it ended.
+        logprobs: log-probability of each token; 0.0 for a prompt's first token.
+        text: the tokens as text.
+        finish_reason: "stop" or "length".
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Completion:
     finish_reason: FinishReason = "length"
 
     def add(self, item: StreamedToken) -> None:
-        """Take the next item of this prompt's stream."""
+        """Add the next item of this prompt's stream."""
         self.text += item.text
         if item.token is not None:
             self.tokens.append(item.token)
@@ -94,9 +94,9 @@ class Llama:
         model: this rank's shard.
         tokenizer: its tokenizer.
         options: limits and compiling.
-        seed: of the sampling noise, unless a call brings its own.
-        chat: the format in which dialogs become tokens; None for the format that the tokenizer shows.
-        prefix: keys and values before every prompt; see `Engine`. They do not count for `max_seq_len`.
+        seed: seed of the sampling noise, unless a call brings its own.
+        chat: the format that turns dialogs into tokens; None for the format that the tokenizer's tokens show.
+        prefix: keys and values before every prompt; see `Engine`. A prefix does not count for `max_seq_len`.
     """
 
     def __init__(
@@ -139,22 +139,22 @@ class Llama:
             tokenizer_path: SentencePiece, tiktoken or `tokenizer.json`; None looks beside the weights,
                 then one folder up.
             max_seq_len: tokens of prompt and generation together, at most.
-            max_batch_size: prompts that run at a time, at most. No memory is set aside for it.
+            max_batch_size: prompts that run at a time, at most. No memory is reserved for them.
             model_parallel_size: ranks that share the model; None for all that torchrun started.
-            seed: of the sampling noise.
-            compile: "on", "off", or "auto" for where it pays; see `llama.generation.steps.Steps`. "off" does without
-                the kernels of `llama.kernels` too.
-            plan: whether to check first that the model fits into memory; a `Workload` says what is going to
-                be run, where that is less than `max_batch_size` and `max_seq_len` allow.
+            seed: seed of the sampling noise.
+            compile: "on", "off", or "auto" to compile where the time saved pays for compiling; see
+                `llama.generation.steps.Steps`. "off" also leaves out the kernels of `llama.kernels`.
+            plan: whether to check first that the model fits into memory; a `Workload` says what will be run,
+                if that is less than `max_batch_size` and `max_seq_len` allow.
             chat_format: "auto", "llama2", "llama3" or "alpaca".
             adapter: a soft prompt or LoRA matrices, or the folder or file that holds them; see
-                `llama.adapters.files.read_adapter`. A soft prompt stands before BOS, runs once,
-                here, and does not count for `max_seq_len`.
+                `llama.adapters.files.read_adapter`. A soft prompt stands before BOS, is run once, by this
+                call, and does not count for `max_seq_len`.
             options: the fields of `RunOptions` (dtype, device, threads, tensor_split, offload_layers), and `quantize`:
-                "int8" or "int4", or a `Scheme` that says it in full; None for what the checkpoint holds.
+                "int8" or "int4", or a `Scheme` for every detail; None for what the checkpoint holds.
 
         Raises:
-            LlamaError: on every rank, with the words of the first rank that met one.
+            LlamaError: on every rank, with the message of the first rank that failed.
         """
         return cls.open(
             ckpt_dir, tokenizer_path, EngineOptions(max_seq_len, max_batch_size, compile),
@@ -182,10 +182,10 @@ class Llama:
             ckpt_dir, tokenizer_path, model_parallel_size, seed, chat_format, adapter: as in `build`.
             engine: limits and compiling.
             options: device, precision and memory.
-            expected: what is going to be run; None where only the limits are known.
+            expected: what will be run; None where only the limits are known.
 
         Raises:
-            LlamaError: on every rank, with the words of the first rank that met one.
+            LlamaError: on every rank, with the message of the first rank that failed.
         """
         started = time.perf_counter()
         with groups.phase("files"):
@@ -205,7 +205,7 @@ class Llama:
             model = opened.load(ranks)
             if isinstance(adapter, LoraAdapter):
                 load_lora(model, adapter)
-        # The ranks compute it together: only once each of them has its shard.
+        # The ranks compute the prefix together, once each of them has its shard.
         prefix = prefix_of(model, adapter.prompt) if isinstance(adapter, PromptAdapter) else None
         llama = cls(model, opened.tokenizer, engine, seed=seed, chat=chat, prefix=prefix)
         notice(opened.describe(time.perf_counter() - started) + describe_adapter(adapter))
@@ -236,8 +236,8 @@ class Llama:
             logprobs: whether a prompt's own log-probabilities are wanted too (with `echo`).
             echo: yield the prompt's tokens first.
             stop: strings or token ids that end the text besides the model's own stop tokens.
-            seed: of the noise; None for that of `build`.
-            first_index: place of the first prompt for the noise, where a list is run in several calls.
+            seed: seed of the noise; None for the seed of `build`.
+            first_index: place of the first prompt in the noise, for a list of prompts that is run in several calls.
 
         Raises:
             LlamaError: before anything runs, for an unusable prompt or setting.
@@ -299,8 +299,8 @@ class Llama:
         Arguments are those of `stream`.
 
         Returns:
-            New tokens of each prompt, without the stop token, after the prompt's own with `echo`; and with
-            `logprobs` as many log-probabilities, that of a prompt's first token being 0.0.
+            New tokens of each prompt, without the stop token (with `echo`, after the prompt's own tokens); and
+            with `logprobs` the log-probability of each token, 0.0 for a prompt's first token.
         """
         results = self.collect(
             prompt_tokens, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p, top_k=top_k,
@@ -310,7 +310,7 @@ class Llama:
         return [result.tokens for result in results], scores
 
     def collect(self, prompts: Sequence[str] | Sequence[Sequence[int]], **options: Any) -> list[Completion]:
-        """Run `stream` with these arguments to its end: one completion a prompt."""
+        """Run `stream` to its end with these arguments; return one completion a prompt."""
         completions = [Completion() for _ in _checked_list(prompts)]
         for item in self.stream(prompts, **options):
             completions[item.index].add(item)
@@ -330,7 +330,7 @@ class Llama:
         return tokens
 
     def _room(self, prompt: Sequence[int], max_gen_len: int | None, number: int) -> int:
-        """New tokens that a prompt may get."""
+        """Return how many new tokens a prompt may get."""
         if len(prompt) > self.max_seq_len:
             raise LlamaError(
                 f"prompt {number} has {len(prompt)} tokens, but max_seq_len is {self.max_seq_len}: "
@@ -357,12 +357,12 @@ class Llama:
         stop: Stop = None,
         seed: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Complete texts, in the shape of Meta's `text_completion` plus a reason.
+        """Complete texts; results have the shape of Meta's `text_completion`, with a finish reason.
 
         Arguments are those of `stream`. `echo=True, logprobs=True, max_gen_len=0` scores a text.
 
         Returns:
-            One a prompt: `{"generation": str, "finish_reason": "stop" | "length"}`, and with `logprobs`
+            One dict a prompt: `{"generation": str, "finish_reason": "stop" | "length"}`, and with `logprobs`
             also `"tokens"` (texts of single tokens) and `"logprobs"`.
         """
         results = self.collect(
@@ -391,14 +391,14 @@ class Llama:
         top_k: int | None = None,
         seed: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Answer dialogs, in the shape of Meta's `chat_completion`.
+        """Answer dialogs; results have the shape of Meta's `chat_completion`.
 
         Args:
             dialogs: each a list of `{"role": ..., "content": ...}`; see `llama.chat` for the order.
             temperature, top_p, max_gen_len, logprobs, top_k, seed: as in `stream`.
 
         Returns:
-            One a dialog: `{"generation": {"role": "assistant", "content": str}}`, and with `logprobs`
+            One dict a dialog: `{"generation": {"role": "assistant", "content": str}}`, and with `logprobs`
             also `"tokens"` and `"logprobs"`. A dialog that forges Llama 2's structure is answered with
             Meta's refusal, without running the model.
 
@@ -415,7 +415,7 @@ class Llama:
         ]
 
     def answer(self, dialogs: Sequence[Dialog], **options: Any) -> list[Completion]:
-        """Answer dialogs with the arguments of `stream`: one completion a dialog, see `chat_completion`."""
+        """Answer dialogs with the arguments of `stream`; return one completion a dialog, see `chat_completion`."""
         encoded = [self.format.encode(dialog, number) for number, dialog in enumerate(_checked_list(dialogs))]
         answers = [Completion(text=REFUSAL, finish_reason="stop") for _ in dialogs]
         safe = [number for number, dialog in enumerate(dialogs) if not self.format.unsafe(dialog)]
@@ -437,7 +437,7 @@ class Llama:
         return self.stream([prompt], **options, stop=sorted(self.format.stop_tokens))
 
     def summary(self) -> str:
-        """Time, speed and memory so far: a collective call, of which rank 0 prints the text."""
+        """Return time, speed and memory so far as one line of text; a collective call."""
         stats = self.engine.stats
         peaks = groups.gather_objects(peak_memory(self.model.ranks.device))
         memory = ", ".join(f"{peak / 1e9:.2f}" for peak in peaks)
@@ -467,7 +467,7 @@ def _checked_list(values: Any) -> Any:
 
 
 def _split_stop(stop: Stop) -> tuple[frozenset[int], list[str]]:
-    """Stop token ids and stop strings, from either or a list of both."""
+    """Return stop token ids and stop strings, from either or a list of both."""
     if stop is None:
         return frozenset(), []
     entries = [stop] if isinstance(stop, (str, int)) else list(stop)

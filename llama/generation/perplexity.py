@@ -1,7 +1,7 @@
-"""Perplexity of a text: how well a model, or a quantized one beside it, foretells each of its tokens.
+"""Perplexity of a text under a model: how well the model predicts each token.
 
-A text is cut into windows without overlap, each of which begins with BOS and sees nothing before it. Every token of
-the text is foretold once; the perplexity is e to the mean of their negative log-probabilities.
+A text is cut into windows without overlap. Each window begins with BOS and sees nothing before it, so every token of
+the text is predicted once; the perplexity is e to the mean negative log-probability of a token.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from llama.generation.sampling import Sampling
 from llama.tokenizer import Tokenizer
 from llama.tokenizer.texts import read_text, windows
 
-# Tokens of a text that a perplexity is computed of; the mean of fewer says nothing.
+# Fewest tokens that a perplexity is computed from; the mean over fewer says nothing.
 FEWEST = 16
-# The exponent of the largest float: a broken model foretells worse than that.
+# exp() of more than this overflows a float; a broken model may predict that badly.
 LARGEST = 709.0
 
 
 @dataclass(frozen=True)
 class Scores:
-    """How a text fared.
+    """Log-probabilities of a text under one model.
 
     Args:
-        log_probs: of every token in order, natural logarithms.
-        n_windows: that it was cut into.
+        log_probs: log-probability of every token in order, natural logarithms.
+        n_windows: windows that the text was cut into.
     """
 
     log_probs: tuple[float, ...]
@@ -43,17 +43,17 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """e to that."""
+        """e to the mean negative log-probability of a token."""
         return math.exp(min(self.nats, LARGEST))
 
     def change(self, other: Scores) -> float:
-        """Mean magnitude of the difference between the log-probabilities of a token: nats."""
+        """Return the mean absolute difference between two models' log-probabilities of a token, in nats."""
         pairs = zip(self.log_probs, other.log_probs, strict=True)
         return math.fsum(abs(own - theirs) for own, theirs in pairs) / len(self.log_probs)
 
 
 def read_windows(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> list[list[int]]:
-    """A text file in windows of at most `max_seq_len` tokens, BOS among them.
+    """Read a text file and cut it into windows of at most `max_seq_len` tokens, BOS included.
 
     Raises:
         LlamaError: for a file that is missing, empty, not UTF-8 or too short, and for windows of fewer than 2 tokens.
@@ -62,7 +62,7 @@ def read_windows(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> li
         raise LlamaError(f"max_seq_len must be 2 or more, is {max_seq_len}: BOS and a token that follows it")
     text = read_text(Path(path))
     if not text.strip():
-        raise DataError(f"{path} is empty: give a text to foretell")
+        raise DataError(f"{path} is empty: give a text to predict")
     tokens = tokenizer.encode(text, bos=False, eos=False)
     if len(tokens) < FEWEST:
         raise DataError(
@@ -72,10 +72,10 @@ def read_windows(path: str | Path, tokenizer: Tokenizer, max_seq_len: int) -> li
 
 
 def score(llama: Llama, texts: Sequence[Sequence[int]]) -> Scores:
-    """The log-probability of every token of each window but its first; every rank makes the call and gets the result.
+    """Return the log-probability of every token of each window but its first; a collective call.
 
     Args:
-        llama: as many windows at a time as its `max_batch_size`; no more logits at a time than the engine keeps.
+        llama: the model, which runs `max_batch_size` windows at a time and keeps no more logits than the engine does.
         texts: windows of token ids.
     """
     greedy = Sampling(temperature=0.0)

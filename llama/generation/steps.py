@@ -1,8 +1,8 @@
-"""The passes that the engine makes, eagerly or compiled: a chunk of prompts, and one token for every row.
+"""The engine's forward passes, eager or compiled: a chunk of prompts, and one token for every row.
 
-Compiled, a decode step is one graph: embedding, blocks, collectives, output layer. Rows, entries and the cache's
-own sizes are dynamic on a CPU, so that a graph serves every request; on CUDA they come in few sizes, each of
-which is a CUDA graph.
+A compiled decode step is one graph: embedding, blocks, collectives, output layer. On a CPU the numbers of rows and
+entries and the cache's own sizes are dynamic, so that one graph serves every request; on CUDA the entries come in few
+sizes, each of which is a CUDA graph.
 
 Shape legend: B rows, T tokens, S entries seen, E dim, V' this rank's part of the vocabulary.
 """
@@ -24,8 +24,8 @@ from llama.model import Transformer
 
 Compile = Literal["auto", "on", "off"]
 MODES = ("auto", "on", "off")
-# What compiling a decode step costs and what it then saves, in seconds: see docs/speed.md for the measurement.
-# A kernel launch on a card costs more than a small operation on a CPU.
+# Seconds that compiling a decode step costs, and that each compiled step then saves: measured as docs/speed.md says;
+# a card's saving is an estimate.
 FIXED_COST, LAYER_COST = 5.0, 1.8
 SAVED_PER_LAYER = {"cpu": 0.0004, "cuda": 0.0004}
 # Sizes that CUDA graphs are made for.
@@ -33,10 +33,10 @@ ENTRY_STEP = 256
 
 
 def choose_mode(compile: str, is_offloaded: bool = False) -> Compile:
-    """Return the mode to run in: layers that are streamed to the card are no part of a graph.
+    """Return the mode to run in: "off" with offloaded layers, which cannot be part of a graph.
 
     Raises:
-        UsageError: for another word, or for "on" with offloaded layers.
+        UsageError: for an unknown mode, or for "on" with offloaded layers.
     """
     if compile not in MODES:
         raise UsageError(f"compile {compile!r} is not one of {', '.join(MODES)}")
@@ -48,7 +48,7 @@ def choose_mode(compile: str, is_offloaded: bool = False) -> Compile:
 
 
 def cannot_compile(device: torch.device) -> str | None:
-    """Why torch.compile has nothing to work with on this machine; None where it has."""
+    """Return why torch.compile cannot work on this device; None where it can."""
     if device.type == "cpu":
         return None if compiler() else "there is no C++ compiler (install g++ or clang, or set CXX)"
     if device.type == "cuda":
@@ -57,16 +57,16 @@ def cannot_compile(device: torch.device) -> str | None:
 
 
 class Steps:
-    """Runs the model for the engine.
+    """The model's forward passes for the engine, compiled where asked for.
 
     Args:
         model: this rank's shard.
-        mode: "on" compiles decode steps and prefill, "off" nothing; "auto" compiles decode steps once so many of
-            them have been made, and are sure to come, that the time saved would have paid for compiling.
+        mode: "on" compiles decode steps and prefill, "off" nothing; "auto" compiles decode steps once those made and
+            those sure to come are so many that the time saved on all of them pays for compiling.
 
     Attributes:
         n_announced: decode steps made or sure to come so far.
-        compiled: whether decode steps are.
+        compiled: whether decode steps are compiled.
     """
 
     def __init__(self, model: Transformer, mode: Compile = "off") -> None:
@@ -79,7 +79,7 @@ class Steps:
             self._compile(prefill=True)
 
     def announce(self, n_steps: int) -> None:
-        """Tell of decode steps that are about to come, by which "auto" decides."""
+        """Count decode steps that are sure to come; "auto" decides by their number."""
         self.n_announced += n_steps
         if self.mode == "auto" and not self.compiled and self._pays():
             self._compile(prefill=False)
@@ -103,7 +103,7 @@ class Steps:
         self.compiled = True
 
     def _announce(self) -> None:
-        """Say once what takes so long."""
+        """Say once that compiling takes its time."""
         if not self._announced:
             notice("compiling…")
             self._announced = True
@@ -126,7 +126,7 @@ class Steps:
         entries = torch.arange(visible, device=tokens.device)
         if graphs:
             for tensor in (*cache.k, *cache.v):
-                torch._dynamo.mark_static_address(tensor)  # a CUDA graph writes where they lie
+                torch._dynamo.mark_static_address(tensor)  # a CUDA graph always writes to the same addresses
         elif self.compiled:
             _mark_dynamic((tokens, 0), (positions, 0), (entries, 0), *((t, 0, 2) for t in (*cache.k, *cache.v)))
         return self._decode(tokens, positions, entries, cache)
@@ -140,14 +140,14 @@ class Steps:
 
 
 def _mark_dynamic(*inputs: Any) -> None:
-    """Say of each (tensor, dimensions...) which of its sizes change from call to call."""
+    """Mark sizes that change from call to call, as (tensor, dimensions...)."""
     for tensor, *dims in inputs:
         for dim in dims:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 class _Compiled:
-    """A pass as one graph, compiled when it is first called; as it was, if that fails."""
+    """A pass as one graph, compiled at its first call; run eagerly from then on if compiling fails."""
 
     def __init__(self, run: Callable[..., Tensor], options: dict[str, Any], announce: Callable[[], None]) -> None:
         self._plain, self._announce = run, announce

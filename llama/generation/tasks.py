@@ -1,4 +1,4 @@
-"""What a person asks of `example.py` and `example_ft.py`: read and checked before anything is loaded."""
+"""Texts, instructions and dialogs that the flags name, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY_PROMPTS = (
     "Question: Sort these numbers: 42 7 63.\nAnswer:",
     "The reverse of dog hat boat is",
 )
-# Open ends, lists and few-shot tasks for a model that has read more.
+# Open ends, lists and few-shot tasks for larger models.
 PROMPTS = (
     "I believe the meaning of life is",
     "Simply put, the theory of relativity states that ",
@@ -34,7 +34,7 @@ PROMPTS = (
 )
 
 
-# Of the kind that datasets/alpaca_tiny.json asks, none of them in it.
+# Instructions like those of datasets/alpaca_tiny.json, which holds none of these.
 TINY_INSTRUCTIONS = (
     "What is 32 plus 12?",
     "Add 12 and 28.",
@@ -62,7 +62,7 @@ class Output:
         output_json: write prompts, completions, tokens and log-probabilities to this file.
 
     Raises:
-        LlamaError: for a length below 0.
+        LlamaError: for a `max_gen_len` below 0.
     """
 
     max_gen_len: int | None = None
@@ -77,7 +77,7 @@ class Output:
 
     @property
     def has_logprobs(self) -> bool:
-        """Whether log-probabilities are wanted, on the screen or in the file."""
+        """True where log-probabilities are wanted, on the screen or in the file."""
         return self.logprobs or self.output_json is not None
 
     def options(self, sampling: Sampling) -> dict[str, Any]:
@@ -113,10 +113,10 @@ class Tasks:
 def read_tasks(
     prompts: str | None, prompt_file: str | None, dialogs: str | None, output: Output, ckpt_dir: str, echo: bool = False
 ) -> Tasks:
-    """Return the texts or dialogs that the flags ask for; built-in prompts when they ask for nothing.
+    """Return the texts or dialogs that the flags ask for; built-in prompts when the flags ask for none.
 
     Raises:
-        LlamaError: when they ask for several things, or for something that cannot be read.
+        LlamaError: when the flags ask for several things, or for something that cannot be read.
     """
     sources = {"--prompts": prompts, "--prompt_file": prompt_file, "--dialogs": dialogs}
     given = [flag for flag, value in sources.items() if value is not None] + ["--interactive"] * output.interactive
@@ -138,10 +138,10 @@ def read_tasks(
 def read_instructions(
     instructions: str | None, instruction_file: str | None, input: str, template: str, output: Output, ckpt_dir: str
 ) -> Tasks:
-    """Return the instructions that the flags ask for; built-in ones when they ask for none.
+    """Return the instructions that the flags ask for; built-in ones when the flags ask for none.
 
     Raises:
-        LlamaError: when they ask for several things, or for something that cannot be read.
+        LlamaError: when the flags ask for several things, or for something that cannot be read.
     """
     if template not in FORMATS:
         raise UsageError(f"unknown template {template!r}: use {', '.join(FORMATS)}")
@@ -160,7 +160,7 @@ def read_instructions(
 
 
 def expected_work(tasks: Tasks, output: Output, limits: EngineOptions) -> Workload:
-    """Return the most that the tasks need at a time: the limits, often less."""
+    """Return the most that runs at a time: at most the limits, often less."""
     n_prompts = 1 if output.interactive or output.stream else len(tasks.prompts or tasks.dialogs)
     length = limits.max_seq_len
     if tasks.prompts and output.max_gen_len is not None:
@@ -171,17 +171,17 @@ def expected_work(tasks: Tasks, output: Output, limits: EngineOptions) -> Worklo
 
 
 def _framed(text: str, tasks: Tasks) -> str:
-    """A text as long as what the model reads, or longer: no template is longer than Alpaca's."""
+    """Return a text at least as long as what the model reads: no template is longer than Alpaca's."""
     return text if tasks.template is None else alpaca_prompt(text, tasks.input)
 
 
 def is_tiny(ckpt_dir: str) -> bool:
-    """Whether a path is that of the bundled model."""
+    """Return whether a path is that of the bundled model."""
     return Path(ckpt_dir).name == "tiny"
 
 
 def read_texts(given: str | None, file: str | None, builtin: Sequence[str], flag: str) -> list[str]:
-    """Texts from a flag (a text or a JSON list), from a file, or built in.
+    """Return texts from a flag (a text or a JSON list), from a file, or built in.
 
     Raises:
         LlamaError: for an empty list, or a file that is missing, empty or not UTF-8.
@@ -198,7 +198,7 @@ def read_texts(given: str | None, file: str | None, builtin: Sequence[str], flag
 
 
 def _one_or_list(text: str, where: str) -> list[str]:
-    """A JSON list of texts, or the text itself where it is no JSON list."""
+    """Return a JSON list of texts, or the text itself if it is no JSON list."""
     try:
         is_list = isinstance(json.loads(text), list)
     except ValueError:
@@ -223,7 +223,7 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _check_unicode(content: Any, where: str) -> None:
-    """Refuse what no tokenizer can encode: bytes that were no UTF-8, or one half of a surrogate pair."""
+    """Refuse texts that no tokenizer can encode: bytes that were not UTF-8, or one half of a surrogate pair."""
     try:
         json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -231,7 +231,7 @@ def _check_unicode(content: Any, where: str) -> None:
 
 
 def _texts_of_file(path: Path) -> list[str]:
-    """A JSON list of texts, or one prompt a line; blank lines are skipped."""
+    """Read a JSON list of texts, or one prompt a line; blank lines are skipped."""
     text = read_text(path)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
@@ -240,10 +240,10 @@ def _texts_of_file(path: Path) -> list[str]:
 
 
 def read_dialogs(path: str) -> list[Dialog]:
-    """Dialogs of a JSON file: a list of dialogs, or one dialog (a list of messages).
+    """Read the dialogs of a JSON file: a list of dialogs, or one dialog (a list of messages).
 
     Raises:
-        LlamaError: when it is missing, empty, no JSON or no list.
+        LlamaError: when the file is missing, empty, no JSON or no list.
     """
     content = _parse_json(read_text(Path(path)), path)
     if not isinstance(content, list) or not content:
@@ -253,10 +253,10 @@ def read_dialogs(path: str) -> list[Dialog]:
 
 
 def check_writable(path: str | None) -> None:
-    """Whether a result file can be written, told before the work rather than after it.
+    """Refuse a result file that cannot be written, before the work rather than after it.
 
     Raises:
-        LlamaError: when its folder is missing or closed, or it is a folder itself.
+        LlamaError: when its folder is missing or not writable, or `path` is a folder itself.
     """
     if path is None:
         return
