@@ -134,7 +134,7 @@ def write_meta(
     views: bool = False,
     **params: Any,
 ) -> Path:
-    """Write `n_shards` equal shards; with `views`, as the ancestor did: views that drag their storage along."""
+    """Write `n_shards` equal shards; with `views`, as the original fork did: views that drag their storage along."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: weight.to(dtype) for name, weight in meta_state(model).items()}
     for shard in range(n_shards):

@@ -137,7 +137,7 @@ def test_memory(root: Path, tmp_path: Path) -> None:
     assert set(report) == {"date", "command", "machine", "model", "settings", "cases", "split"}
     for case in report["cases"]:
         assert set(case) == {
-            "world_size", "batch_size", "precision", "limit_bytes", "ancestor_bytes", "planned_bytes", "ranks"
+            "world_size", "batch_size", "precision", "limit_bytes", "fork_bytes", "planned_bytes", "ranks"
         }  # fmt: skip
         for rank in case["ranks"]:
             assert set(rank) == {"rank", "weights", "cache", "prefill", "decode", "total"}

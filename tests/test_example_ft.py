@@ -23,7 +23,7 @@ EXACT = ("--dtype", "fp32", "--device", "cpu", "--max_gen_len", 6, "--max_seq_le
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model in four shards and a soft prompt for it, laid out as the ancestor's were."""
+    """A model in four shards and a soft prompt for it, laid out as the original fork's were."""
     folder = tmp_path_factory.mktemp("ft")
     write_meta(folder / "ckpts" / "7B_fs4", hf_model("2"), 4, embedding_dim=1, stem="fs_consolidated")
     sentencepiece_model(folder / "ckpts")
@@ -54,7 +54,7 @@ def results(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("ranks", [None, 4])
 def test_instructions_go_into_alpacas_template(folder: Path, tuned: Llama, tmp_path: Path, ranks: int | None) -> None:
-    """The ancestor's command, at its four ranks and at one; its .bin may have become .safetensors."""
+    """The original fork's command, at its four ranks and at one; its .bin may have become .safetensors."""
     file = tmp_path / "out.json"
     run = answer(folder, "--instructions", json.dumps(INSTRUCTIONS), "--output_json", file, ranks=ranks)
     assert run.code == 0, run.err

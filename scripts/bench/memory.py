@@ -56,14 +56,14 @@ class MemoryCase:
         world_size, batch_size: ranks, and sequences at a time.
         precision: "bf16", "int8" or "int4", of the weights.
         limit: bytes that a rank should stay within.
-        ancestor: bytes that a rank of the original fork was said to take.
+        fork: bytes that a rank of the original fork was said to take.
     """
 
     world_size: int
     batch_size: int
     precision: str
     limit: float | None = None
-    ancestor: float | None = None
+    fork: float | None = None
 
     def scheme(self, group_size: int) -> Scheme | None:
         """Return the scheme of the weights; None for bf16."""
@@ -143,7 +143,7 @@ def count_case(args: ModelArgs, case: MemoryCase, tokens: int, group_size: int) 
         "batch_size": case.batch_size,
         "precision": case.precision,
         "limit_bytes": case.limit,
-        "ancestor_bytes": case.ancestor,
+        "fork_bytes": case.fork,
         "planned_bytes": planned_bytes(args, case, tokens, scheme),
         "ranks": [dataclasses.asdict(rank) | {"total": rank.total} for rank in ranks],
     }

@@ -5,7 +5,7 @@ The JSON file is one object:
     date, command, machine   as in `report.py`
     model           name, n_params (a tied table once), args (every field of ModelArgs)
     settings        tokens (of a sequence, prompt and completion), group_size (of int4)
-    cases           a list: world_size, batch_size, precision, limit_bytes and ancestor_bytes (of a rank, or null),
+    cases           a list: world_size, batch_size, precision, limit_bytes and fork_bytes (of a rank, or null),
                     planned_bytes (what `llama.plan.advice` expects on the fullest rank), and
         ranks       one entry for each size of shard: rank (the first that has it), weights, cache, and what prefill and
                     decode take beyond them, all in bytes; total (the fuller of the two with weights and cache)
@@ -23,7 +23,7 @@ from llama.sizes import GB, show_bytes
 from scripts.bench.report import PALETTE, Report, beginning_lines, panels
 
 COLUMNS = ("weights", "cache", "prefill", "decode", "total")
-BESIDE = ("planned", "limit", "ancestor")
+BESIDE = ("planned", "limit", "fork")
 
 
 def label(case: Report) -> str:
@@ -52,7 +52,7 @@ def _row(case: Report) -> str:
     fullest = max(case["ranks"], key=lambda rank: rank["total"])
     sizes = [
         *(fullest[name] for name in COLUMNS),
-        *(case[f"{name}_bytes"] for name in ("planned", "limit", "ancestor")),
+        *(case[f"{name}_bytes"] for name in ("planned", "limit", "fork")),
     ]
     cells = "".join(f"{_size(size):>10}" for size in sizes)
     return f"{label(case):28}{cells}  {_verdict(fullest['total'], case['limit_bytes'])}".rstrip()
@@ -102,7 +102,7 @@ def _draw_case(axes: Any, place: int, case: Report) -> None:
     for (name, nbytes), colour in zip(parts.items(), PALETTE, strict=False):
         axes.barh(place, nbytes / GB, left=left, color=colour, label=name)
         left += nbytes / GB
-    for name, style in (("limit", "-"), ("ancestor", ":")):
+    for name, style in (("limit", "-"), ("fork", ":")):
         if case[f"{name}_bytes"] is not None:
             at = case[f"{name}_bytes"] / GB
             axes.plot([at, at], [place - 0.45, place + 0.45], color="black", linestyle=style, label=name)

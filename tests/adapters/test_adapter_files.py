@@ -283,10 +283,10 @@ def test_names_of_a_state_dict_in_memory(tmp_path: Path) -> None:
     assert not any(half.requires_grad for halves in adapter.weights.values() for half in halves)
 
 
-# -- what the ancestor wrote -----------------------------------------------------------------------
+# -- what the original fork wrote -----------------------------------------------------------------------
 
 
-def test_published_adapters_of_the_ancestor(tmp_path: Path) -> None:
+def test_published_adapters_of_the_original_fork(tmp_path: Path) -> None:
     """TEXT with a null tokenizer, which PEFT refuses: the fields are those of the published saved-alpaca7b."""
     prompt = random_prompt().prompt
     config = {

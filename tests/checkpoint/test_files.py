@@ -26,7 +26,7 @@ def contiguous(dtype: torch.dtype) -> State:
 
 
 def views() -> State:
-    """As the ancestor cut: every shard a view into a whole storage, which is saved along."""
+    """As the original fork cut: every shard a view into a whole storage, which is saved along."""
     whole, table = torch.randn(40, 24), torch.randn(64)
     return {
         "rows": whole[10:20],
