@@ -102,15 +102,18 @@ def in_fresh_python(root: Path, code: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.slow
 def test_datasets_is_hugging_faces_package(root: Path) -> None:
     assert in_fresh_python(root, "import datasets; print(datasets.load_dataset.__module__)") == "datasets.load"
 
 
+@pytest.mark.slow
 def test_importing_llama_pulls_in_no_heavy_package(root: Path) -> None:
     heavy = "{'transformers', 'peft', 'datasets', 'fairscale', 'sympy', 'matplotlib', 'huggingface_hub'}"
     assert in_fresh_python(root, f"import sys, llama; print({heavy} & set(sys.modules) or 'none')") == "none"
 
 
+@pytest.mark.slow
 def test_threads_wait_briefly_unless_a_person_says_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import llama, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

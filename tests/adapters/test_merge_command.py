@@ -10,6 +10,8 @@ from peft_lora import peft_model
 from support import hf_model, write_hf, write_meta
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 def merge(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/merge_adapter.py", *map(str, words)]

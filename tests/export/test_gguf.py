@@ -524,6 +524,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     done = run(folder, tmp_path / "x.gguf", "--type", "q8_0")
     assert done.returncode == 0, done.stderr

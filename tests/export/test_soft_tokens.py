@@ -180,6 +180,7 @@ def test_refusals(tmp_path: Path) -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_exports_what_was_tuned(tmp_path: Path, open_gguf: Callable[..., Any]) -> None:
     """Adapters as PEFT saves them; a soft prompt goes along as tokens, LoRA is in the weights."""
     from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model

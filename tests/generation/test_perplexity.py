@@ -109,6 +109,7 @@ def test_the_change_is_of_tokens_not_of_the_mean() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_before_and_after_at_two_ranks(folder: Path, alone: Scores, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     words = [folder, "--text_file", folder / "text.txt", "--max_seq_len", LENGTH, "--quantize", "int4",
@@ -179,6 +180,7 @@ def test_a_quantized_checkpoint_is_not_quantized_anew(folder: Path, tmp_path: Pa
         command(written, folder / "text.txt", quantize="int8")
 
 
+@pytest.mark.slow
 def test_the_command_leaves_with_code_2(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     with Command([folder, "--text_file", tmp_path / "empty.txt"], script=SCRIPT) as command:

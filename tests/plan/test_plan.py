@@ -298,6 +298,7 @@ def start(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command(root: Path, checkpoint: Path) -> None:
     run = start(root, "scripts/plan.py", "--ckpt_dir", str(checkpoint), "--nproc", "2", "--memory", "10MB,30MB")
     assert run.returncode == 0, run.stderr
@@ -306,6 +307,7 @@ def test_the_command(root: Path, checkpoint: Path) -> None:
     assert f"torchrun --nproc_per_node 2 example.py --ckpt_dir {checkpoint}" in run.stdout
 
 
+@pytest.mark.slow
 def test_the_command_without_files(root: Path) -> None:
     flags = ("--model", "llama-2-70b", "--nproc", "8", "--dtype", "fp16", "--memory", "24GB")
     run = start(root, "scripts/plan.py", *flags)
@@ -328,6 +330,7 @@ def refused(root: Path) -> dict[str, Outcome]:
     return run_forked({flags: [root / "scripts" / "plan.py", *flags.split()] for flags in MISTAKES})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_are_told_in_one_line(refused: dict[str, Outcome], flags: str) -> None:
     run = refused[flags]

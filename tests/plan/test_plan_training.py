@@ -356,6 +356,7 @@ def script(root: Path) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_command(root: Path) -> None:
     flags = "--model llama-2-7b --nproc 4 --memory 8GB --dtype bf16 --train lora --lora_targets all --batch_size 16"
     run = subprocess.run(

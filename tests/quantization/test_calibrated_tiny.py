@@ -17,6 +17,8 @@ from llama import Llama
 from llama.generation.perplexity import Scores, read_windows, score
 from scripts.tiny.corpus import documents, story
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path(__file__).parent.parent.parent / "ckpts" / "tiny"
 
 
