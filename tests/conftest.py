@@ -77,9 +77,16 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         return (yield)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1 if WORKER is not None else min(2, os.cpu_count() or 1))
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors are slower on two threads than on one, and workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(_one_thread: None) -> None:
+    """Kernels and plans of memory depend on the threads: their tests run on two of them."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

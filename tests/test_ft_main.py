@@ -19,7 +19,7 @@ TINY = ROOT / "ckpts" / "tiny"
 
 
 def train(*words: object, ranks: int) -> Outcome:
-    with Command(words, ranks, FT_MAIN) as command:
+    with Command(words, ranks, FT_MAIN, forked=True) as command:
         return command.finish()
 
 

@@ -126,6 +126,7 @@ def test_threads_wait_briefly_unless_a_person_says_otherwise(root: Path, monkeyp
     assert in_fresh_python(root, code) == "None"
 
 
+@pytest.mark.slow
 def test_the_environment_is_settled_before_torch_is_loaded(root: Path) -> None:
     before = (root / "llama" / "__init__.py").read_text().partition("env.wait_briefly()")[0]
     assert [line for line in before.splitlines() if line.startswith(("import", "from"))] == ["from llama import env"]

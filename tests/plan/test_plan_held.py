@@ -34,6 +34,8 @@ from llama.plan.training import Training
 from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # As in test_plan.py.
 ACTIVATIONS = 0.15
 GREEDY = Sampling(temperature=0)
