@@ -1,8 +1,8 @@
-"""Dialogs to token ids, as Meta's code encodes them.
+"""Chat formats: dialogs as token ids, as Meta's code encodes them.
 
 A dialog is encoded straight to ids. Special tokens go in by id and message text as plain text, so no text
 can open or close a turn in Llama 3's format. Llama 2's `[INST]` and `<<SYS>>` are plain text themselves:
-there `unsafe` tells whether a dialog contains them, and the caller answers with `REFUSAL`.
+`unsafe` finds them in a dialog, and the caller answers with `REFUSAL`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ REFUSAL = "Error: special tags are not allowed as part of the prompt."
 
 
 class Message(TypedDict):
-    """One turn: who speaks ("system", "user", "assistant" or, for Llama 3, "tool") and what is said."""
+    """One turn: the speaker ("system", "user", "assistant" or, for Llama 3, "tool") and the text."""
 
     role: str
     content: str
@@ -24,7 +24,7 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-# Which roles may follow a role; None stands for the start. The last turn is one that asks for an answer.
+# Roles that may follow a role; None stands for the start. The last turn asks for an answer.
 Order = Mapping[str | None, Sequence[str]]
 
 ALTERNATING: Order = {
@@ -34,7 +34,7 @@ ALTERNATING: Order = {
     "assistant": ("user",),
 }
 # Meta checks nothing here. Several users' turns in a row and several tools' are in use and allowed;
-# "ipython" is what Llama 3's own header calls a tool.
+# Llama 3's own header calls a tool "ipython".
 LLAMA3_ORDER: Order = {
     None: ("system", "user"),
     "system": ("user",),
@@ -50,9 +50,9 @@ def validate(dialog: Dialog, index: int = 0, order: Order = ALTERNATING) -> None
     """Check that `dialog` is a list of messages whose roles follow one another as `order` allows.
 
     Args:
-        dialog: what is claimed to be one; nothing about it is taken for granted.
-        index: number of the dialog among those of the call, from 0; only for messages.
-        order: which roles may follow which.
+        dialog: of any type.
+        index: number of the dialog in the call, from 0; only for messages.
+        order: the roles that may follow each role.
 
     Raises:
         DialogError: the dialog is empty or no list, a message lacks a role or text, a role is unknown or
@@ -78,13 +78,13 @@ def validate(dialog: Dialog, index: int = 0, order: Order = ALTERNATING) -> None
 
 
 class ChatFormat(ABC):
-    """How one generation of models is spoken to.
+    """The chat format of one generation of models.
 
     Args:
         tokenizer: the model's own.
 
     Attributes:
-        name: what `--chat_format` calls it.
+        name: of the format, as `--chat_format` takes it.
         stop_tokens: every id that ends an answer.
     """
 
@@ -96,11 +96,11 @@ class ChatFormat(ABC):
         self.stop_tokens = tokenizer.stop_tokens
 
     def encode(self, dialog: Dialog, index: int = 0) -> list[int]:
-        """Return the ids that generation starts from, BOS and the assistant's header included.
+        """Return the prompt's ids, BOS and the assistant's header included.
 
         Args:
-            dialog: messages; the last is the one to answer.
-            index: number of the dialog among those of the call, from 0; only for error messages.
+            dialog: messages, of which the last is to be answered.
+            index: number of the dialog in the call, from 0; only for error messages.
 
         Raises:
             DialogError: see `validate`.
@@ -109,12 +109,12 @@ class ChatFormat(ABC):
         return self._encode(dialog)
 
     def encode_answered(self, dialog: Dialog, answer: str, index: int = 0) -> list[int]:
-        """Return the ids of the dialog and its answer, to the id that closes the turn: a text to learn from.
+        """Return the ids of a training example: the dialog, its answer and the id that closes the turn.
 
         Args:
-            dialog: messages; the last is the one that is answered.
-            answer: what the assistant says.
-            index: number of the dialog among those of the call, from 0; only for error messages.
+            dialog: messages, of which the last is answered.
+            answer: the assistant's text.
+            index: number of the dialog in the call, from 0; only for error messages.
 
         Raises:
             DialogError: see `validate`.
@@ -123,7 +123,7 @@ class ChatFormat(ABC):
         return self._encode_answered(dialog, answer)
 
     def unsafe(self, dialog: Dialog) -> bool:
-        """Whether the dialog's text contains marks that this format cannot tell from its own."""
+        """True for a dialog with text that this format cannot tell from its own marks."""
         return False
 
     @abstractmethod
@@ -146,7 +146,7 @@ class Llama2Format(ChatFormat):
     tags: ClassVar = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
     def unsafe(self, dialog: Dialog) -> bool:
-        """Whether any message contains one of the format's tags, which are plain text to the model."""
+        """True where a message contains one of the format's tags, which are plain text to the model."""
         return any(tag in message["content"] for message in dialog for tag in self.tags)
 
     def _encode(self, dialog: Dialog) -> list[int]:
@@ -158,7 +158,7 @@ class Llama2Format(ChatFormat):
         return self._encode_finished([*self._turns(dialog), answer])
 
     def _turns(self, dialog: Dialog) -> list[str]:
-        """Texts of users and assistants in turn."""
+        """Return the texts of users and assistants in turn, the system's folded into the first."""
         texts = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
             texts[:2] = [f"<<SYS>>\n{texts[0]}\n<</SYS>>\n\n{texts[1]}"]
@@ -225,7 +225,7 @@ class AlpacaFormat(ChatFormat):
         return self.tokenizer.encode(self._text(dialog), bos=True, eos=False)
 
     def _encode_answered(self, dialog: Dialog, answer: str) -> list[int]:
-        # Apart, so that what is learnt goes on from the very ids that an answer is generated from.
+        # Encoded apart, so that training continues from the same ids as generation.
         return self._encode(dialog) + self.tokenizer.encode(answer, bos=False, eos=True)
 
     def _text(self, dialog: Dialog) -> str:
@@ -242,7 +242,7 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
     Args:
         instruction: the task.
-        input: what the task is about; where it is empty, the template without input is used.
+        input: data for the task; where it is empty, the template without input is used.
     """
     if not input:
         return (
@@ -261,7 +261,7 @@ FORMATS: dict[str, type[ChatFormat]] = {chosen.name: chosen for chosen in (Llama
 
 
 def chat_format(name: str, tokenizer: Tokenizer) -> ChatFormat:
-    """Return the format called `name`; "auto" takes the one that the tokenizer's special tokens show.
+    """Return the format called `name`; "auto" chooses it by the tokenizer's special tokens.
 
     Raises:
         UsageError: no format has this name.

@@ -1,6 +1,6 @@
-"""The geometry of a Llama: read from Meta's `params.json` or Hugging Face's `config.json`.
+"""The geometry of a Llama, read from Meta's `params.json` or Hugging Face's `config.json`, or known by its name.
 
-Nothing here needs torch, so that a plan can be made before anything heavy is imported.
+Nothing here needs torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 from llama.env import notice
 from llama.errors import CheckpointError, LlamaError
 
-# (dim, n_layers) of Llama 3.2 1B and 3B, whose RoPE factor Meta's params.json does not tell.
-LLAMA_3_2_GEOMETRIES = frozenset({(2048, 16), (3072, 28)})
+# Llama 3's base of RoPE, where Llama 1 and 2 have 10,000; and the factors of RoPE's scaling from 3.1 on.
+LLAMA_3_THETA = 500_000.0
+LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE frequencies are stretched beyond the context a model was trained on.
+    """A stretch of RoPE's wavelengths beyond the context that a model was trained on.
 
     Args:
-        factor: by how much low frequencies are slowed down.
+        factor: low frequencies are divided by it.
         kind: `llama3` (Llama 3.1, section 3.4.2 of arXiv:2407.21783, as in llama-models) or
             `linear` (position interpolation, arXiv:2306.15595).
         low_freq_factor, high_freq_factor: wavelengths longer than `original_context / low` are
-            scaled in full, those shorter than `original_context / high` not at all.
+            scaled in full, wavelengths shorter than `original_context / high` not at all.
         original_context: tokens of context before the stretch.
     """
 
@@ -54,7 +55,7 @@ class RopeScaling:
 
 
 def ffn_width(dim: int, multiple_of: int = 256, ffn_dim_multiplier: float | None = None) -> int:
-    """Width of the FFN by Meta's rule: 2/3 of 4 * dim, times the multiplier, rounded up."""
+    """Return the FFN's width by Meta's rule: 2/3 of 4 * dim, times the multiplier, rounded up."""
     width = int(2 * (4 * dim) / 3)
     if ffn_dim_multiplier is not None:
         width = int(ffn_dim_multiplier * width)
@@ -142,20 +143,19 @@ class ModelArgs:
 
     @property
     def is_llama_3_2(self) -> bool:
-        """Whether it has the sizes of Llama 3.2, which Meta's `params.json` says no other way is tied."""
+        """True for the sizes of Llama 3.2 1B and 3B: the only sign in Meta's `params.json` that a model is tied."""
         return self.rope_scaling is not None and (self.dim, self.n_layers) in LLAMA_3_2_GEOMETRIES
 
     def with_vocab_size(self, vocab_size: int) -> ModelArgs:
-        """The same geometry with the vocabulary that the tokenizer or the tensors decide."""
+        """Return the geometry with the vocabulary that the tokenizer or the tensors decide."""
         return dataclasses.replace(self, vocab_size=vocab_size)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any]) -> ModelArgs:
         """Read the content of Meta's `params.json`.
 
-        `use_scaled_rope` means Llama 3.1's scaling, with factor 32 for the two 3.2 geometries and 8
-        otherwise, unless an explicit `rope_scaling` (our own extension) or Meta's later
-        `rope_scaling_factor` says it.
+        `use_scaled_rope` means Llama 3.1's scaling with the factor of `implied_factor`, unless an explicit
+        `rope_scaling` (our own extension) or Meta's later `rope_scaling_factor` says otherwise.
 
         Raises:
             CheckpointError: for an unknown or missing key, named, or an impossible size.
@@ -214,7 +214,11 @@ class ModelArgs:
 
 
 def read_json(path: str | Path) -> Any:
-    """The content of a JSON file, or a `CheckpointError` that names the file."""
+    """Return the content of a JSON file.
+
+    Raises:
+        CheckpointError: when it cannot be read or is no JSON, naming the file.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -245,9 +249,9 @@ _PARAMS_SIZES = (
 _PARAMS_USED = frozenset(
     {*_PARAMS_SIZES, "use_scaled_rope", "rope_scaling", "rope_scaling_factor", "rope_high_freq_factor"}
 )
-# Sizes of a request, not of the model: what is run decides them.
+# Limits of a request, which say nothing of the model.
 _PARAMS_IGNORED = frozenset({"max_seq_len", "max_batch_size"})
-# How the tensors are stored, which is no part of the geometry: see `llama.quantization.scheme`.
+# The format of the tensors, which is no part of the geometry: see `llama.quantization.scheme`.
 _PARAMS_OF_THE_FILES = frozenset({"quantization"})
 
 
@@ -262,18 +266,17 @@ def _scaling_from_params(params: Mapping[str, Any]) -> RopeScaling | None:
         options["high_freq_factor"] = params["rope_high_freq_factor"]
     factor = params.get("rope_scaling_factor")
     if factor is None:
-        is_3_2 = (params["dim"], params["n_layers"]) in LLAMA_3_2_GEOMETRIES
-        factor = 32.0 if is_3_2 else 8.0
+        factor = implied_factor(params["dim"], params["n_layers"])
         notice(
             f"use_scaled_rope: RoPE factor {factor:g} "
-            f"({'the geometry of Llama 3.2' if is_3_2 else 'as in Llama 3.1'}); "
+            f"({'as in Llama 3.1' if factor == LLAMA_3_1_FACTOR else 'the geometry of Llama 3.2'}); "
             "a rope_scaling in params.json overrides it"
         )
     return RopeScaling(factor, **options)
 
 
 def _scaling_from_mapping(scaling: Any, where: str) -> RopeScaling | None:
-    """Hugging Face's spelling of RoPE scaling: all of it or none."""
+    """Read Hugging Face's spelling of RoPE scaling; None where it scales nothing."""
     if not isinstance(scaling, Mapping):
         raise CheckpointError(f"{where}: rope_scaling must be an object, found {scaling!r}")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -353,8 +356,16 @@ def _rope_from_hf(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]
     return (10000.0 if theta is None else theta), parsed
 
 
+# -- published geometries --------------------------------------------------------------------------
+
+
 def _llama_1(dim: int, n_layers: int, n_heads: int, norm_eps: float = 1e-6) -> ModelArgs:
     return ModelArgs(dim, n_layers, n_heads, vocab_size=32000, multiple_of=256, norm_eps=norm_eps)
+
+
+def _llama_2(dim: int, n_layers: int, n_heads: int) -> ModelArgs:
+    """Return a Llama 2 without groups of heads, which differs from Llama 1 in the epsilon alone."""
+    return _llama_1(dim, n_layers, n_heads, norm_eps=1e-5)
 
 
 def _llama_3(
@@ -366,6 +377,7 @@ def _llama_3(
     factor: float | None = None,
     tied: bool = False,
 ) -> ModelArgs:
+    """Return a Llama 3; from 3.1 on, with the factor by which RoPE is scaled."""
     return ModelArgs(
         dim,
         n_layers,
@@ -375,46 +387,49 @@ def _llama_3(
         multiple_of=multiple_of,
         ffn_dim_multiplier=ffn_dim_multiplier,
         norm_eps=1e-5,
-        rope_theta=500000.0,
+        rope_theta=LLAMA_3_THETA,
         rope_scaling=None if factor is None else RopeScaling(factor),
         tied=tied,
     )
 
-
-_LLAMA_2_70B = ModelArgs(
-    8192, 80, 64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5
-)
 
 GEOMETRIES: dict[str, ModelArgs] = {
     "llama-1-7b": _llama_1(4096, 32, 32),
     "llama-1-13b": _llama_1(5120, 40, 40),
     "llama-1-30b": _llama_1(6656, 60, 52),
     "llama-1-65b": _llama_1(8192, 80, 64, norm_eps=1e-5),
-    "llama-2-7b": _llama_1(4096, 32, 32, norm_eps=1e-5),
-    "llama-2-13b": _llama_1(5120, 40, 40, norm_eps=1e-5),
-    "llama-2-70b": _LLAMA_2_70B,
+    "llama-2-7b": _llama_2(4096, 32, 32),
+    "llama-2-13b": _llama_2(5120, 40, 40),
+    "llama-2-70b": ModelArgs(
+        8192, 80, 64, n_kv_heads=8, vocab_size=32000, multiple_of=4096, ffn_dim_multiplier=1.3, norm_eps=1e-5
+    ),
     "llama-3-8b": _llama_3(4096, 32, 32, 1024, 1.3),
     "llama-3-70b": _llama_3(8192, 80, 64, 4096, 1.3),
-    "llama-3.1-8b": _llama_3(4096, 32, 32, 1024, 1.3, factor=8),
-    "llama-3.1-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=8),
-    "llama-3.1-405b": _llama_3(16384, 126, 128, 4096, 1.2, factor=8),
-    "llama-3.2-1b": _llama_3(2048, 16, 32, 256, 1.5, factor=32, tied=True),
-    "llama-3.2-3b": _llama_3(3072, 28, 24, 256, 1.0, factor=32, tied=True),
-    "llama-3.3-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=8),
+    "llama-3.1-8b": _llama_3(4096, 32, 32, 1024, 1.3, factor=LLAMA_3_1_FACTOR),
+    "llama-3.1-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=LLAMA_3_1_FACTOR),
+    "llama-3.1-405b": _llama_3(16384, 126, 128, 4096, 1.2, factor=LLAMA_3_1_FACTOR),
+    "llama-3.2-1b": _llama_3(2048, 16, 32, 256, 1.5, factor=LLAMA_3_2_FACTOR, tied=True),
+    "llama-3.2-3b": _llama_3(3072, 28, 24, 256, 1.0, factor=LLAMA_3_2_FACTOR, tied=True),
+    "llama-3.3-70b": _llama_3(8192, 80, 64, 4096, 1.3, factor=LLAMA_3_1_FACTOR),
 }
 # The folder that Meta shipped is called 30B, the paper says 33B.
 ALIASES = {"llama-1-33b": "llama-1-30b"}
 
+# (dim, n_layers) of Llama 3.2 1B and 3B: Meta's params.json tells neither their RoPE factor nor that they are tied.
+LLAMA_3_2_GEOMETRIES = frozenset(
+    (args.dim, args.n_layers) for name, args in GEOMETRIES.items() if name.startswith("llama-3.2-")
+)
+
 
 def geometry(name: str, **changes: int) -> ModelArgs:
-    """The published geometry called `name`, in any case.
+    """Return a published geometry.
 
     Args:
-        name: a key of `GEOMETRIES` or `ALIASES`.
+        name: a key of `GEOMETRIES` or `ALIASES`, in capitals or not.
         changes: sizes to change, such as `n_layers=2` for a piece of a model.
 
     Raises:
-        LlamaError: for a name that is none of them; the closest ones are told.
+        LlamaError: for an unknown name; the message has the closest known ones.
     """
     key = name.lower()
     key = ALIASES.get(key, key)
@@ -422,3 +437,33 @@ def geometry(name: str, **changes: int) -> ModelArgs:
         close = difflib.get_close_matches(key, GEOMETRIES, n=3) or list(GEOMETRIES)
         raise LlamaError(f"no published geometry is called {name!r}: try {', '.join(close)}")
     return dataclasses.replace(GEOMETRIES[key], **changes)  # type: ignore[arg-type]
+
+
+def implied_factor(dim: int, n_layers: int) -> float:
+    """Return the factor of RoPE that `use_scaled_rope` means in a `params.json` of these sizes."""
+    return LLAMA_3_2_FACTOR if (dim, n_layers) in LLAMA_3_2_GEOMETRIES else LLAMA_3_1_FACTOR
+
+
+def trained_context(args: ModelArgs) -> int:
+    """Return the tokens of context that a model of this geometry was made for, by the marks of its generation.
+
+    Llama 1 has 2,048, Llama 2 4,096 and Llama 3 8,192, times the factor where positions are interpolated. Llama 3.1
+    made 131,072 of 8,192, and Llama 3.2 did so with another factor: 16 times the original context.
+    """
+    scaling = args.rope_scaling
+    if scaling is not None and scaling.kind == "llama3":
+        return 16 * scaling.original_context
+    factor = 1 if scaling is None else scaling.factor
+    return int(factor * _unscaled_context(args))
+
+
+def _unscaled_context(args: ModelArgs) -> int:
+    if args.rope_theta >= LLAMA_3_THETA:
+        return 8192
+    return 2048 if _is_llama_1(args) else 4096
+
+
+def _is_llama_1(args: ModelArgs) -> bool:
+    """True for Llama 1's epsilon, or for the sizes of its 65B, which has Llama 2's epsilon."""
+    largest = GEOMETRIES["llama-1-65b"]
+    return args.norm_eps <= 1e-6 or (args.dim, args.n_kv_heads) == (largest.dim, largest.n_kv_heads)

@@ -23,7 +23,8 @@ from llama.parallel.groups import Ranks
 from llama.parallel.partition import Partition
 from llama.plan.advice import check_fit
 from llama.plan.inference import Workload
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.quantization.scheme import Asked, Scheme, choose_scheme
+from llama.sizes import show_count
 from llama.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +130,7 @@ class Opened:
         files = "1 file" if checkpoint.n_shards == 1 else f"{checkpoint.n_shards} files"
         integers = "" if self.scheme is None else f"{self.scheme.words()}, "
         return (
-            f"loaded {shown(checkpoint.path)} ({_count(n_unique_params(checkpoint.args))} parameters, {files}) "
+            f"loaded {shown(checkpoint.path)} ({show_count(n_unique_params(checkpoint.args))} parameters, {files}) "
             f"in {seconds:.1f} s: "
             f"{where} on {self.device.type}, {str(self.dtype).removeprefix('torch.')}, {integers}"
             f"{self.n_threads} thread{'' if self.n_threads == 1 else 's'} each"
@@ -172,7 +173,7 @@ def open_model(
     args = checkpoint.args
     tokenizer = load_tokenizer(find_tokenizer(ckpt_dir, tokenizer_path))
     check_vocabulary(tokenizer, checkpoint)
-    scheme = settle(options.quantization, checkpoint.scheme, shown(checkpoint.path))
+    scheme = choose_scheme(options.quantization, checkpoint.scheme, shown(checkpoint.path))
     if scheme is not None and args.tied and scheme.embedding not in (None, scheme.output):
         notice("the embedding is the output layer, and is held as --quantize_output says, not --quantize_embedding")
     partition = cut_model(args, scheme, groups.model_size(model_parallel_size), options.tensor_split)
@@ -206,7 +207,3 @@ def shown(path: Path) -> Path:
     """Return a path as a person would type it: relative to the current folder where it lies below."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _count(n: int) -> str:
-    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.2f} M"

@@ -60,6 +60,7 @@ def test_an_option_is_declared_once(root: Path) -> None:
     """Nothing but its dataclass and what uses it names a field of `RunOptions`: no signature hands it on."""
     for path in (root / "llama" / "commands").glob("*.py"):
         module = importlib.import_module(f"llama.commands.{path.stem}")
-        if hasattr(module, "main"):
-            again = set(inspect.signature(module.main).parameters) & set(RunOptions.__dataclass_fields__)
-            assert not again - {"dtype", "device"}, f"{path.name} declares {again} anew"
+        parameters = inspect.signature(module.main).parameters if hasattr(module, "main") else {}
+        if "options" in parameters:
+            again = set(parameters) & set(RunOptions.__dataclass_fields__)
+            assert not again, f"{path.name} declares {again} anew"

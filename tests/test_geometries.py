@@ -1,5 +1,6 @@
 """The published geometries, whose parameter counts are known, and the page and picture that are made from them."""
 
+import dataclasses
 import doctest
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama.checkpoint.table import n_unique_params
-from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry
+from llama.config import ALIASES, GEOMETRIES, ModelArgs, RopeScaling, geometry, trained_context
 from llama.errors import LlamaError
 from llama.parallel.partition import Partition
 from scripts.draw_partition import as_text, draw, summary
@@ -61,6 +62,23 @@ def test_ffn_width(name: str) -> None:
 @pytest.mark.parametrize(("name", "factor"), [("llama-3-8b", None), ("llama-3.1-8b", 8), ("llama-3.2-1b", 32)])
 def test_rope_scaling_is_that_of_the_generation(name: str, factor: float | None) -> None:
     assert geometry(name).rope_scaling == (None if factor is None else RopeScaling(factor))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_the_context_is_that_of_the_generation(name: str) -> None:
+    generation = name.split("-")[1]
+    assert trained_context(geometry(name)) == {"1": 2048, "2": 4096, "3": 8192}.get(generation, 131072)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama-1-7b", 4096), ("llama-2-7b", 8192), ("llama-3-8b", 16384)])
+def test_interpolated_positions_make_the_context_longer(name: str, tokens: int) -> None:
+    stretched = dataclasses.replace(geometry(name), rope_scaling=RopeScaling(2.0, kind="linear"))
+    assert trained_context(stretched) == tokens
+
+
+def test_another_vocabulary_changes_no_context() -> None:
+    assert trained_context(geometry("llama-2-7b").with_vocab_size(128256)) == 4096
+    assert trained_context(geometry("llama-3-8b", vocab_size=400)) == 8192
 
 
 def test_agrees_with_params_json_of_llama_3_2_1b() -> None:

@@ -6,23 +6,24 @@ anything is written.
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from llama.checkpoint.hugging_face import hugging_face
-from llama.checkpoint.params import hf_config
+from llama.checkpoint.params import context_length, hf_config
 from llama.checkpoint.save import Entry, TargetLayout, save
 from llama.checkpoint.source import SINGLE_SUFFIXES, Checkpoint, open_checkpoint
 from llama.checkpoint.split import kept_dtype, split_checkpoint, stored_twice
 from llama.checkpoint.tokenizer_files import copy_tokenizer, read_tokenizer
 from llama.env import notice
-from llama.errors import CheckpointError, UsageError
+from llama.errors import CheckpointError, LlamaError, UsageError
+from llama.sizes import parse_bytes
 
 KINDS = ("hf", "meta", "single")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Of --max_shard_size; a bare number is one of bytes.
+SHARD_UNITS = ("", "KB", "MB", "GB", "KIB", "MIB", "GIB")
 # What LLMs-from-scratch's code has in place of a parameter.
 SCRATCH_NORM_EPS = 1e-5
 
@@ -92,16 +93,15 @@ def check_kind(to: str) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" (decimal) or "500MiB" (binary).
+    """Return the bytes of a size such as "5GB" (decimal) or "500MiB" (binary).
 
     Raises:
         UsageError: for anything else.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", text, re.IGNORECASE)
-    size = 0 if match is None else int(float(match[1]) * UNITS[(match[2] or "").upper()])
-    if size <= 0:
-        raise UsageError(f"--max_shard_size takes a size such as 5GB or 500MiB, not {text!r}")
-    return size
+    try:
+        return parse_bytes(text, SHARD_UNITS)
+    except LlamaError:
+        raise UsageError(f"--max_shard_size takes a size such as 5GB or 500MiB, not {text!r}") from None
 
 
 # -- LLMs-from-scratch -----------------------------------------------------------------------------
@@ -121,6 +121,7 @@ def _single_file(
     if args.norm_eps != SCRATCH_NORM_EPS:
         notice(f"LLMs-from-scratch's code has norm_eps {SCRATCH_NORM_EPS}, this model {args.norm_eps}: change it there")
     read_tokenizer(checkpoint, tokenizer_path)
+    held_args = checkpoint.held_args(unsaid=checkpoint.format != "hf")
     entries = [
         Entry(spec.scratch_name, source, spec.whole, kept_dtype(checkpoint, source, dtype))
         for spec, source in stored_twice(checkpoint)
@@ -129,7 +130,7 @@ def _single_file(
         "converting",
         {target.name: entries},
         {"layout": "single"},
-        hf_config(checkpoint.held_args(unsaid=checkpoint.format != "hf"), dtype or checkpoint.dtype),
+        hf_config(held_args, dtype or checkpoint.dtype, context=context_length(checkpoint)),
         None,
         lambda folder: copy_tokenizer(checkpoint.path, folder, tokenizer_path),
         rotate_half=True,

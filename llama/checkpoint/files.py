@@ -40,7 +40,7 @@ Dtypes = Collection[torch.dtype]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies: a strided view of the bytes of a file.
+    """A tensor in a file: a strided view of the file's bytes.
 
     Args:
         path: the file.
@@ -109,7 +109,7 @@ class StoredTensor:
 def read_header(
     path: Path, is_ignored: Callable[[str], bool] = lambda _: False, integers: bool = False
 ) -> dict[str, StoredTensor]:
-    """The tensors of a `.pth`, `.bin` or `.safetensors` file by name; no weights are read.
+    """Return the tensors of a `.pth`, `.bin` or `.safetensors` file by name; no weights are read.
 
     Args:
         path: the file.
@@ -159,7 +159,7 @@ def _torch_load(path: Path, mmap: bool) -> Mapping[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Whether it is a tensor whose values lie in a storage: not sparse, not without data ("meta")."""
+    """Return whether a tensor's values lie in a storage: it is not sparse, and not without data ("meta")."""
     return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
@@ -204,7 +204,7 @@ def _mapping_base(path: Path, state: Mapping[str, Tensor]) -> int:
 
 
 def _storage_records(path: Path) -> dict[int, int]:
-    """Byte offset and size of every storage in the archive that torch.save writes: `NAME/data/KEY`."""
+    """Return byte offset and size of every storage in the archive that torch.save writes: `NAME/data/KEY`."""
     sizes = {}
     try:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:
@@ -221,7 +221,7 @@ def _storage_records(path: Path) -> dict[int, int]:
 
 
 def _read_legacy(path: Path, is_ignored: Callable[[str], bool], dtypes: Dtypes) -> dict[str, StoredTensor]:
-    """Files written before torch 1.6 are one pickle stream: they are read whole."""
+    """Read a file written before torch 1.6, one pickle stream, whole."""
     stored = {}
     for name, tensor in _torch_load(path, mmap=False).items():
         if is_ignored(str(name)):

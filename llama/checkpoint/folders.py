@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llama import sizes
 from llama.checkpoint import manifest
 from llama.checkpoint.scratch import beside
 from llama.checkpoint.source import PARTIAL
@@ -45,14 +46,8 @@ def check_space(target: Path, n_bytes: int, remedy: str = "choose another output
         CheckpointError: naming both sizes.
     """
     needed = n_bytes + OVERHEAD_BYTES
-    folder = target.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CheckpointError(
-            f"{target} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB free: {remedy} or make room"
-        )
+    need = f"{target} needs {sizes.show_gigabytes(needed)}"
+    sizes.check_space(target.resolve().parent, needed, need, remedy, CheckpointError)
 
 
 @contextmanager

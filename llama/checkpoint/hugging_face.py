@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint.params import generation_config, hf_config
+from llama.checkpoint.params import context_length, generation_config, hf_config
 from llama.checkpoint.save import Entry, Files, TargetLayout, total_bytes
 from llama.checkpoint.source import Checkpoint
 from llama.checkpoint.table import Spec
@@ -88,13 +88,9 @@ def write_index(folder: Path, files: Files) -> None:
 def _config(
     checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype | None, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """`config.json`; the context length of a source that states one is kept."""
+    """Return the content of `config.json`; the context length of a source that states one is kept."""
     bos, stops = (None, ()) if tokenizer is None else (tokenizer.bos_id, tokenizer.stop_tokens)
-    config = hf_config(args, dtype or checkpoint.dtype, bos, stops)
-    if checkpoint.format == "hf":
-        stated = read_json(checkpoint.path / "config.json").get("max_position_embeddings")
-        config["max_position_embeddings"] = stated or config["max_position_embeddings"]
-    return config
+    return hf_config(args, dtype or checkpoint.dtype, bos, stops, context_length(checkpoint))
 
 
 def _write_generation_config(folder: Path, tokenizer: Tokenizer | None) -> None:

@@ -1,28 +1,32 @@
-"""Write a geometry as Meta's `params.json`, solving for what Meta's keys only say in a roundabout way."""
+"""Parameter files of Meta and of Hugging Face for a geometry, and the context length that a checkpoint states."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
-from llama.config import LLAMA_3_2_GEOMETRIES, ModelArgs, RopeScaling, ffn_width
+from llama.checkpoint.scratch import beside
+from llama.checkpoint.source import Checkpoint
+from llama.config import ModelArgs, RopeScaling, ffn_width, implied_factor, read_json, trained_context
 from llama.errors import CheckpointError
 from llama.quantization.scheme import Scheme
 
-# What published models use, tried first so that files look like Meta's.
+# Those of published models, tried first so that files look like Meta's.
 MULTIPLES_OF = (256, 1024, 4096, 512, 128, 64, 32)
 MULTIPLIERS = (None, 1.3, 1.5, 1.0)
 
 
 def to_params(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Any]:
-    """The content of `params.json`, from which `ModelArgs.from_params` reads the same geometry.
+    """Return the content of `params.json`, from which `ModelArgs.from_params` reads the same geometry.
+
+    Meta's keys give the FFN's width by a rule of three numbers, which are solved for.
 
     Args:
         args: the geometry.
-        scheme: which tensors beside it are integers; None for none.
+        scheme: the tensors that are integers; None for none.
 
     Raises:
         CheckpointError: for a head width that Meta's keys cannot express.
@@ -52,7 +56,11 @@ def to_params(args: ModelArgs, scheme: Scheme | None = None) -> dict[str, Any]:
 
 
 def solve_ffn(dim: int, ffn_dim: int) -> tuple[int, float | None]:
-    """A `multiple_of` and an `ffn_dim_multiplier` for which Meta's rule gives `ffn_dim`."""
+    """Return a `multiple_of` and an `ffn_dim_multiplier` with which `ffn_width` gives `ffn_dim`.
+
+    Raises:
+        CheckpointError: when there are none.
+    """
     for multiplier in MULTIPLIERS:
         for multiple_of in MULTIPLES_OF:
             if ffn_width(dim, multiple_of, multiplier) == ffn_dim:
@@ -66,42 +74,32 @@ def solve_ffn(dim: int, ffn_dim: int) -> tuple[int, float | None]:
 
 
 def _scaling_params(args: ModelArgs) -> dict[str, Any]:
-    """`use_scaled_rope` where it means this scaling; our own `rope_scaling` where it would not."""
+    """Return `use_scaled_rope` where that means this scaling, and our own `rope_scaling` where it would not."""
     scaling = args.rope_scaling
     if scaling is None:
         return {}
-    implied = 32.0 if (args.dim, args.n_layers) in LLAMA_3_2_GEOMETRIES else 8.0
-    if scaling == RopeScaling(implied):
+    if scaling == RopeScaling(implied_factor(args.dim, args.n_layers)):
         return {"use_scaled_rope": True}
-    if scaling.kind == "linear":
-        return {"rope_scaling": {"rope_type": "linear", "factor": scaling.factor}}
-    return {
-        "use_scaled_rope": True,
-        "rope_scaling": {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_context,
-        },
-    }
-
-
-# Llama 1 was trained on 2,048 positions, 2 on 4,096, 3 on 8,192; from 3.1 on, RoPE is scaled for 131,072.
-LONG_CONTEXT = 131072
+    explicit = {"rope_scaling": _rope_scaling(scaling)}
+    return explicit if scaling.kind == "linear" else {"use_scaled_rope": True, **explicit}
 
 
 def hf_config(
-    args: ModelArgs, dtype: torch.dtype, bos_id: int | None = None, stop_ids: Collection[int] = ()
+    args: ModelArgs,
+    dtype: torch.dtype,
+    bos_id: int | None = None,
+    stop_ids: Collection[int] = (),
+    context: int | None = None,
 ) -> dict[str, Any]:
-    """The content of `config.json`, from which `ModelArgs.from_hf` reads the same geometry.
+    """Return the content of `config.json`, from which `ModelArgs.from_hf` reads the same geometry.
 
     RoPE is spelled as in published checkpoints, which transformers 4 and 5 and others read alike.
 
     Args:
         args: the geometry.
-        dtype: what the weights are stored in.
+        dtype: of the stored weights.
         bos_id, stop_ids: of the tokenizer, where it is known.
+        context: tokens that the model was made for; None for `trained_context`.
     """
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -114,9 +112,9 @@ def hf_config(
         "intermediate_size": args.ffn_dim,
         "vocab_size": args.vocab_size,
         "rms_norm_eps": args.norm_eps,
-        "max_position_embeddings": context_length(args),
+        "max_position_embeddings": context or trained_context(args),
         "rope_theta": args.rope_theta,
-        "rope_scaling": _rope_scaling(args),
+        "rope_scaling": None if args.rope_scaling is None else _rope_scaling(args.rope_scaling),
         "tie_word_embeddings": args.tied,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -128,36 +126,44 @@ def hf_config(
 
 
 def generation_config(bos_id: int | None, stop_ids: Collection[int]) -> dict[str, Any]:
-    """The content of `generation_config.json`: generation ends at any of the stop tokens, as ours does."""
+    """Return the content of `generation_config.json`: generation ends at any of the stop tokens, as ours does."""
     return _token_ids(bos_id, stop_ids)
 
 
-def context_length(args: ModelArgs) -> int:
-    """Positions that a model of this geometry was made for, as far as the geometry tells."""
-    if args.rope_scaling is not None:
-        if args.rope_scaling.kind == "llama3":
-            return LONG_CONTEXT
-        return int(4096 * args.rope_scaling.factor)
-    if args.rope_theta >= 500_000:
-        return 8192
-    return 2048 if args.norm_eps <= 1e-6 else 4096
+def context_length(checkpoint: Checkpoint) -> int:
+    """Return the tokens that a model was made for: those that its files state, else those of its geometry.
+
+    No computation depends on them: they are the default context of other programs.
+    """
+    stated = _hf_parameters(checkpoint).get("max_position_embeddings")
+    if isinstance(stated, int) and stated > 0:
+        return stated
+    return trained_context(checkpoint.args)
+
+
+def _hf_parameters(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Return the `config.json` of a checkpoint, or the one in the manifest beside a single file; {} without either."""
+    if checkpoint.format == "hf":
+        return read_json(checkpoint.path / "config.json")
+    if checkpoint.format == "single" and beside(checkpoint.path).exists():
+        content = read_json(beside(checkpoint.path))
+        return content.get("config", content)
+    return {}
 
 
 def _token_ids(bos_id: int | None, stop_ids: Collection[int]) -> dict[str, Any]:
-    """One stop token as a number, several as a list."""
+    """Return the ids of BOS and EOS: one stop token as a number, several as a list."""
     stops = sorted(stop_ids)
     return {"bos_token_id": bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0] if stops else None}
 
 
-def _rope_scaling(args: ModelArgs) -> dict[str, Any] | None:
-    scaling = args.rope_scaling
-    if scaling is None:
-        return None
-    if scaling.kind != "llama3":
-        return {"rope_type": scaling.kind, "factor": scaling.factor}
+def _rope_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    """Return RoPE's scaling in Hugging Face's spelling."""
+    spelled = {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "linear":
+        return spelled
     return {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
+        **spelled,
         "low_freq_factor": scaling.low_freq_factor,
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_context,

@@ -1,4 +1,4 @@
-"""THE table: every tensor of a Llama, its names in each world, its axes and how it is cut.
+"""THE table: every tensor of a Llama, with its names in each world, its axes and its cut.
 
 Axes are named by what runs along them. `vocab`, `q`, `kv` and `ffn` are the ones that a `Partition`
 cuts; `dim` and `head` are never cut by us (Meta's Llama 1 and 2 files cut the embedding along `dim`).
@@ -40,7 +40,7 @@ class Row:
         meta: Meta's name, which is also ours.
         hf: Hugging Face's name.
         gguf: llama.cpp's name; rows are Meta's there, not permuted.
-        axes: what runs along each dimension.
+        axes: the axis along each dimension.
         permuted: whether Hugging Face stores the rows of each head with the two halves of every
             RoPE pair apart ("rotate half"), where Meta has them side by side. LLMs-from-scratch does too.
         scratch: the name in rasbt/LLMs-from-scratch (pkg/llms_from_scratch/llama3.py).
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it multiplies activations, and may be held as integers."""
+        """True for a tensor that multiplies activations, and so may be held as integers."""
         return len(self.axes) == 2
 
 
@@ -106,10 +106,10 @@ class Spec:
     Args:
         name, hf_name, gguf_name, scratch_name: in each world.
         shape: of the whole, as it is stored.
-        axes: what runs along each dimension.
+        axes: the axis along each dimension.
         permuted: see `Row`.
-        form: how the matrix is held whose integers or scales these are; None for a tensor of numbers.
-        dtype: what it is stored in; None for any dtype of numbers.
+        form: the form of the matrix whose integers or scales these are; None for a tensor of numbers.
+        dtype: the stored dtype; None for any dtype of numbers.
         width: columns of the matrix that one stored column stands for.
     """
 
@@ -131,11 +131,11 @@ class Spec:
 
     @property
     def whole(self) -> tuple[slice, ...]:
-        """All of it, as an index."""
+        """The whole tensor, as an index."""
         return tuple(slice(0, size) for size in self.shape)
 
     def own(self, partition: Partition, rank: int) -> tuple[slice, ...]:
-        """The part of the whole tensor that `rank` holds.
+        """Return the part of the whole tensor that `rank` holds.
 
         Raises:
             QuantizationError: when a cut falls inside a group of columns that share a scale.
@@ -153,7 +153,7 @@ class Spec:
         return tuple(index)
 
     def _stored_columns(self, columns: range) -> slice:
-        """What stands for these columns of the matrix."""
+        """Return the stored columns that hold these columns of the matrix."""
         block = 1 if self.form is None else self.form.block
         inside = [edge for edge in (columns.start, columns.stop) if edge % block]
         if inside:
@@ -167,7 +167,7 @@ class Spec:
 
 
 def integers_and_scales(spec: Spec, form: Form) -> tuple[Spec, Spec]:
-    """The two tensors that hold a matrix [N, K] in a form."""
+    """Return the two tensors that hold a matrix [N, K] in a form."""
     n_rows, n_columns = spec.shape
     form.check_columns(n_columns, spec.name)
     packed = (n_rows, n_columns // form.columns_per_byte)
@@ -223,7 +223,7 @@ def _rows(args: ModelArgs) -> Iterator[tuple[Row, Spec]]:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a stored tensor is one that may be left unread."""
+    """Return whether a stored tensor may be left unread."""
     return name.endswith(IGNORED) or name in IGNORED_WHOLE
 
 

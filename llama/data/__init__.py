@@ -1,1 +1,1 @@
-"""Training data: records, and the examples that they become."""
+"""Training data: records, and the training examples made of them."""

@@ -1,4 +1,4 @@
-"""Training examples: records in a template, as token ids with the part that is learnt."""
+"""Training examples: records in a template, as token ids of which a part is learnt."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llama.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """One text to learn from.
+    """One training example.
 
     Args:
         tokens: ids from BOS to EOS.
-        n_context: tokens at the start, BOS among them, that are read but not learnt; at least one.
+        n_context: tokens at the start, BOS included, that are read but not learnt; at least one.
     """
 
     tokens: tuple[int, ...]
@@ -32,13 +32,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Records as examples.
+    """The examples of a data set.
 
     Args:
         examples: in the order of their records.
-        max_seq_len: what they were cut to, in tokens.
-        n_truncated: how many of the examples lost their end.
-        n_dropped: records that became no example, as all that was to be learnt was cut off.
+        max_seq_len: tokens at which examples were cut.
+        n_truncated: examples that lost their end.
+        n_dropped: records that became no example, as all their learnt tokens were cut off.
     """
 
     examples: list[Example]
@@ -57,7 +57,7 @@ class Encoded:
         return sum(example.n_learnt for example in self.examples)
 
     def report(self) -> str:
-        """One line for a person: sizes, and what was cut."""
+        """Return one line for a person: sizes and cuts."""
         text = f"{len(self.examples):,} examples of {self.n_tokens:,} tokens, {self.n_learnt:,} of them learnt"
         if self.n_truncated:
             text += f"; {self.n_truncated:,} cut to {self.max_seq_len:,} tokens"
@@ -75,14 +75,14 @@ def encode_records(
 ) -> Encoded:
     """Write records in a template and encode them.
 
-    Prompt and answer are encoded apart (but for llama2, whose turns Meta encodes in one piece), so that what is
-    learnt goes on from the very ids that an answer is generated from. In one piece, as Stanford had them, the
-    prompt's last colon melts into the first word of 45 % of Alpaca's answers under Llama 3's tokenizer, and a
-    SentencePiece model loses the blank that it has always seen before a word. What is read but not learnt is
-    what the whole has in common with the prompt encoded alone.
+    Prompt and answer are encoded apart (but for llama2, whose turns Meta encodes in one piece), so that training
+    continues from the same ids as generation. In one piece, as Stanford had them, the prompt's last colon would merge
+    with the first word of 45 % of Alpaca's answers under Llama 3's tokenizer, and a SentencePiece model would lose
+    the blank that it has always seen before a word. The tokens that are read but not learnt are those that the
+    example has in common with the prompt encoded alone.
 
     Args:
-        records: what to encode.
+        records: to encode.
         tokenizer: the model's own.
         template: "alpaca", "llama2", "llama3" or "plain"; see `Template`.
         max_seq_len: tokens of an example at most, a soft prompt not counted; longer ones lose their end.
@@ -112,7 +112,7 @@ def _encode(record: Record, template: Template, train_on_prompt: bool) -> tuple[
 
 
 def n_common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the number of tokens that both begin with."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

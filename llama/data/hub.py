@@ -1,4 +1,4 @@
-"""Records that Hugging Face `datasets` reads: from the Hub, a folder or a parquet file."""
+"""Records read by Hugging Face `datasets`: from the Hub, a folder or a parquet file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_hub_records(dataset: str, fields: tuple[str, ...], required: tuple[str,
 
     Args:
         dataset: a name on the Hub such as "tatsu-lab/alpaca", a folder, or a .parquet file.
-        fields: the columns to read, of those that are there.
+        fields: the columns to read where they exist.
         required: the columns that must be there.
 
     Raises:
@@ -58,7 +58,7 @@ def _library(dataset: str) -> ModuleType:
 
 @contextmanager
 def _quiet(library: ModuleType) -> Iterator[None]:
-    """Leave the talking to our one line, and progress to one rank."""
+    """Silence the library, and its progress bars on all ranks but the first, while the context lasts."""
     level, bars = library.logging.get_verbosity(), library.is_progress_bar_enabled()
     library.logging.set_verbosity(library.logging.CRITICAL)
     if not is_speaker():
@@ -72,7 +72,7 @@ def _quiet(library: ModuleType) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error, or its kind where it says nothing."""
+    """Return the first line of an error, or its class where it has no text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__
 

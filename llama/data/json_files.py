@@ -1,4 +1,4 @@
-"""JSON and JSON Lines files as a list of what stands in them, each with its place for messages."""
+"""JSON and JSON Lines files as lists of values, each with its place for messages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _WANTED = 'write [{"instruction": ..., "input": ..., "output": ...}, ...]'
 
 @dataclass(frozen=True)
 class Found:
-    """What a file holds in a record's place.
+    """A value that a file holds in a record's place.
 
     Args:
-        place: where it is, in words.
-        value: what json made of it.
-        fault: what is wrong with it, where it could not be parsed.
+        place: of the value in the file, in words.
+        value: as json parsed it.
+        fault: of a value that could not be parsed, in words.
     """
 
     place: str
@@ -33,7 +33,7 @@ def read_json_records(path: str | os.PathLike[str]) -> list[Found]:
     """Read a .json file with one list of objects, or a .jsonl file with an object a line.
 
     A byte order mark is accepted; blank lines of a .jsonl file are skipped. A line that is no JSON does
-    not end the reading: it comes back with its fault.
+    not end the reading, but is returned with its fault.
 
     Raises:
         DataError: the file is missing or unreadable or not UTF-8, and a .json file also where it is no JSON
@@ -46,12 +46,12 @@ def read_json_records(path: str | os.PathLike[str]) -> list[Found]:
 
 
 def place(number: int) -> str:
-    """How messages name a record by its index."""
+    """Return the words by which messages name a record: its index."""
     return f"record {number} (from 0)"
 
 
 def kind(value: object) -> str:
-    """What JSON calls a value."""
+    """Return JSON's word for the kind of a value."""
     if value is None:
         return "null"
     names = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
@@ -94,7 +94,7 @@ def _or_jsonl(content: bytes) -> str:
 
 
 def _keys(value: object) -> str:
-    """The first keys of an object, by which a person knows it again."""
+    """Return the first keys of an object, for a person to recognise it."""
     if not isinstance(value, dict) or not value:
         return ""
     keys = [repr(key)[:40] for key in value]
@@ -102,7 +102,7 @@ def _keys(value: object) -> str:
 
 
 def _place_of_broken_text(content: bytes) -> str:
-    """Name the record with bytes that are no UTF-8, where the rest of the file lets it be found."""
+    """Return the place of the record with bytes that are no UTF-8; "" where the file cannot be parsed."""
     try:
         values = json.loads(content.decode("utf-8", "surrogateescape"))
     except (ValueError, RecursionError):

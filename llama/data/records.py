@@ -26,7 +26,7 @@ class Record:
 
     Args:
         instruction: the task.
-        input: what the task is about; may be empty.
+        input: data for the task; may be empty.
         output: the answer.
     """
 
@@ -44,12 +44,12 @@ def read_records(dataset: str | os.PathLike[str]) -> list[Record]:
 
     Args:
         dataset: a .json file (a list of objects) or a .jsonl file (an object a line), parsed here; or a
-            .parquet file, a folder or a name on the Hub, of which `datasets` reads the split "train". What
-            is there, or looks like a path, is never asked for on the Hub.
+            .parquet file, a folder or a name on the Hub, of which `datasets` reads the split "train". A
+            name that exists here, or looks like a path, is never looked up on the Hub.
 
     Raises:
-        DataError: it cannot be read, holds no usable record, or some record is malformed: the first such
-            one is named by index (and line) and field, with the number of them all.
+        DataError: when the data cannot be read, holds no usable record, or a malformed one. The message names the
+            first malformed record by index (and line) and field, and counts all of them.
     """
     name = os.fspath(dataset)
     found = _found(name)
@@ -65,7 +65,7 @@ def read_records(dataset: str | os.PathLike[str]) -> list[Record]:
 
 
 def digest(records: Iterable[Record]) -> str:
-    """SHA-256 in hex of the records' content and order: equal for equal data, whatever file it came from."""
+    """Return the SHA-256 in hex of the records' content and order, which is the same in every kind of file."""
     total = hashlib.sha256()
     for record in records:
         total.update(json.dumps(astuple(record)).encode() + b"\n")
@@ -90,12 +90,12 @@ def _found(name: str) -> list[Found]:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    """Whether a name that is not there cannot be meant for the Hub, whose names are NAME or OWNER/NAME."""
+    """True for a name that cannot be of the Hub, whose names are NAME or OWNER/NAME."""
     return name.lower().endswith(".parquet") or name[0] in "./~" or "\\" in name or name.count("/") > 1
 
 
 def _fault(value: object) -> str | None:
-    """What is wrong with a record, in words; None where nothing is."""
+    """Return the fault of a record in words; None for a good record."""
     if not isinstance(value, dict):
         return f"a record is an object, found {kind(value)}"
     for field in FIELDS:

@@ -1,17 +1,18 @@
-"""How a record is written for a model: as Alpaca's prompt, as a turn of a chat, or plainly."""
+"""Templates that write a record for a model: as Alpaca's prompt, as a turn of a chat, or plainly."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama.chat import AlpacaFormat, ChatFormat, Dialog, Llama2Format, Llama3Format, Message
+from llama import chat
+from llama.chat import AlpacaFormat, ChatFormat, Dialog, Message
 from llama.data.records import Record
 from llama.errors import DataError
 from llama.tokenizer import Tokenizer
 
 
 class PlainFormat(ChatFormat):
-    """The texts themselves, a line end behind each but the last answer, between BOS and EOS."""
+    """A format of the texts alone, each but the last answer followed by a line end, between BOS and EOS."""
 
     name = "plain"
 
@@ -25,9 +26,9 @@ class PlainFormat(ChatFormat):
         return "".join(f"{message['content']}\n" for message in dialog)
 
 
-FORMATS: dict[str, type[ChatFormat]] = {
-    chosen.name: chosen for chosen in (AlpacaFormat, Llama2Format, Llama3Format, PlainFormat)
-}
+# By name: every chat format, and the plain one, which is for records alone.
+_ALL: dict[str, type[ChatFormat]] = {**chat.FORMATS, PlainFormat.name: PlainFormat}
+FORMATS = {name: _ALL[name] for name in sorted(_ALL)}
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Template:
     format: ChatFormat
 
     def encode_prompt(self, record: Record) -> list[int]:
-        """The ids that an answer is generated from, BOS first."""
+        """Return the prompt's ids, BOS first."""
         return self.format.encode(self._dialog(record))
 
     def encode(self, record: Record) -> list[int]:
-        """The ids of prompt and answer, from BOS to the id that ends the answer."""
+        """Return the ids of prompt and answer, from BOS to the id that ends the answer."""
         return self.format.encode_answered(self._dialog(record), record.output)
 
     def _dialog(self, record: Record) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Meta's checklists: lines of `md5sum`, one a file, for files that lie beside the list."""
+"""Meta's checklists: the output of `md5sum` for files that lie beside the list."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Progress = Callable[[int], object]
 
 
 def parse(text: str, where: str) -> dict[str, str]:
-    """The md5 of each file that a checklist names.
+    """Return the md5 of each file that a checklist names.
 
     Args:
         text: the list's content.
-        where: what to call the list in errors.
+        where: the list's name in errors.
 
     Raises:
-        CheckpointError: for what is no such list, or a name that leaves its folder.
+        CheckpointError: for a text that is no such list, or a file name outside the list's folder.
     """
     sums = {}
     for line in filter(None, map(str.rstrip, text.splitlines())):
@@ -42,12 +42,12 @@ def parse(text: str, where: str) -> dict[str, str]:
 
 
 def md5(path: Path, progress: Progress = lambda _: None) -> str:
-    """The md5 of a file, in hexadecimal.
+    """Return the md5 of a file, in hexadecimal.
 
     Raises:
-        CheckpointError: when it cannot be read.
+        CheckpointError: when the file cannot be read.
     """
-    # Meta's lists say md5: it is good against damage, which is what they are for, not against forgery.
+    # Meta's lists hold md5, which finds damage but no forgery.
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with path.open("rb") as file:
@@ -60,14 +60,14 @@ def md5(path: Path, progress: Progress = lambda _: None) -> str:
 
 
 def verify(folder: Path, progress: Progress = lambda _: None) -> int:
-    """Check the files of a folder against the checklists in it; the number of files checked.
+    """Check the files of a folder against the checklists in it; return the number of files checked.
 
     Args:
         folder: with checklist.chk, tokenizer_checklist.chk or both.
         progress: told of the bytes as they are read.
 
     Raises:
-        CheckpointError: no checklist, or a file that is missing or differs: the first is named.
+        CheckpointError: for no checklist, or a file that is missing or differs: the first is named.
     """
     if not folder.is_dir():
         raise CheckpointError(f"nothing to check at {folder}: there is no such folder")
@@ -86,7 +86,7 @@ def verify(folder: Path, progress: Progress = lambda _: None) -> int:
 
 
 def total_bytes(folder: Path) -> int:
-    """How much `verify` will read: the size of what the checklists name and is there."""
+    """Return the bytes that `verify` will read: of the files that the checklists name and that exist."""
     lists = [folder / name for name in NAMES if (folder / name).is_file()]
     files = [folder / name for path in lists for name in _read(path)]
     return sum(file.stat().st_size for file in files if file.is_file())

@@ -1,7 +1,7 @@
-"""Repositories of Hugging Face's hub: one layout of the two that Meta publishes, checked when it is here.
+"""Downloads from Hugging Face's hub: one layout of the two that Meta publishes, checked after the transfer.
 
-The hub's own library does the work: tokens, mirrors (HF_ENDPOINT), retries, parallel transfers. It
-takes a folder that holds anything for a finished download when the hub does not answer; so files are
+The hub's own library does the work: tokens, mirrors (HF_ENDPOINT), retries, parallel transfers. When the
+hub does not answer, the library takes a folder that holds anything for a finished download; so files are
 listed first, and afterwards compared with that list.
 """
 
@@ -18,10 +18,10 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from llama.download.checklist import BLOCK_BYTES, Progress
-from llama.download.transfer import check_space
+from llama.download.transfer import require_space
 from llama.errors import DownloadError
 
-# Where licences are accepted, also by those who download from a mirror.
+# Licences are accepted there, also before downloading from a mirror.
 HOME = "https://huggingface.co"
 ORIGINAL = "original"
 # Files under way at once: an interrupted one starts anew, so they are few.
@@ -32,7 +32,7 @@ _TEXT_NAMES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "USE
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository, as the hub lists it; sizes and digests may be unknown."""
+    """A file of a repository, as the hub lists it; size and digest may be unknown."""
 
     name: str
     size: int | None = None
@@ -40,12 +40,12 @@ class HubFile:
 
 
 def choose(files: Iterable[HubFile], original: bool) -> list[HubFile]:
-    """The files of one layout.
+    """Return the files of one layout.
 
     Args:
         files: of the repository.
-        original: Meta's layout, which lies in `original/`, or at the top of repositories that have only
-            it; otherwise Hugging Face's, at the top: safetensors, or .bin files where there are none.
+        original: True for Meta's layout, which lies in `original/`, or at the top of repositories without another
+            layout; False for Hugging Face's at the top: safetensors, or .bin files where there are none.
 
     Raises:
         DownloadError: when the repository does not have that layout.
@@ -57,7 +57,7 @@ def choose(files: Iterable[HubFile], original: bool) -> list[HubFile]:
     weights = _matching(top, ("*.safetensors",)) or _matching(top, ("pytorch_model*.bin",))
     if not weights:
         raise DownloadError("the repository has no safetensors at its top: try --original for Meta's layout")
-    # The index of the other kind of weights would announce files that are not fetched.
+    # An index of the other kind of weights would name files that are not fetched.
     kind = PurePosixPath(weights[0].name).suffix
     texts = [file for file in _matching(top, _TEXT_NAMES) if not file.name.endswith(".index.json")]
     return weights + texts + _matching(top, (f"*{kind}.index.json",))
@@ -79,16 +79,16 @@ def _matching(files: list[HubFile], patterns: tuple[str, ...]) -> list[HubFile]:
 
 
 def download(repo: str, folder: Path, original: bool = False, file: str | None = None) -> Path:
-    """Fetch one layout of a repository, or one file of it; the folder that holds the checkpoint.
+    """Fetch one layout of a repository, or one file; return the folder that holds the checkpoint.
 
     Args:
         repo: OWNER/NAME.
-        folder: where; paths within the repository are kept.
+        folder: to write, with the paths of the repository in it.
         original: Meta's layout instead of Hugging Face's.
-        file: fetch this one alone.
+        file: the only file to fetch; None for all of the layout.
 
     Raises:
-        DownloadError: no access, no such repository or file, no room, or files that differ.
+        DownloadError: for no access, no such repository or file, no room, or files that differ.
     """
     revision, listed = _list(repo)
     wanted = choose(listed, original) if file is None else [found for found in listed if found.name == file]
@@ -109,7 +109,7 @@ def download(repo: str, folder: Path, original: bool = False, file: str | None =
 
 
 def _list(repo: str) -> tuple[str, list[HubFile]]:
-    """The commit that the repository stands at, and its files."""
+    """Return the repository's commit and its files."""
     with _plain_words(repo):
         import huggingface_hub
 
@@ -120,11 +120,11 @@ def _list(repo: str) -> tuple[str, list[HubFile]]:
     return info.sha, [HubFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in siblings]
 
 
-# -- what is on disk -------------------------------------------------------------------------------
+# -- files on disk ---------------------------------------------------------------------------------
 
 
 def _check_folder(folder: Path, wanted: list[HubFile]) -> None:
-    """Refuse to replace files of something else, and what the disk has no room for."""
+    """Refuse to replace files of another content, and to write more than the disk has room for."""
     needed = 0
     for file in wanted:
         path = folder / file.name
@@ -136,11 +136,11 @@ def _check_folder(folder: Path, wanted: list[HubFile]) -> None:
             raise DownloadError(
                 f"{path} exists and is not the repository's file: move it away, or choose another --output_dir"
             )
-    check_space(folder, needed)
+    require_space(folder, needed)
 
 
 def _verify(folder: Path, wanted: list[HubFile]) -> None:
-    """Compare what is here with what the hub listed; a file that differs is removed."""
+    """Compare the files with the hub's list; remove a file that differs."""
     with tqdm(total=sum(file.size or 0 for file in wanted), unit="B", unit_scale=True, desc="checking") as bar:
         for file in wanted:
             path = folder / file.name
@@ -164,15 +164,15 @@ def _is_right(path: Path, file: HubFile, progress: Progress) -> bool:
     return digest.hexdigest() == file.sha256
 
 
-# -- what the hub says -----------------------------------------------------------------------------
+# -- errors of the library -------------------------------------------------------------------------
 
 
 @contextmanager
 def _plain_words(repo: str) -> Iterator[None]:
-    """Say what the library's errors mean.
+    """Turn errors of the library into a `DownloadError` with the way out.
 
-    It changed its HTTP client, and so the classes of its errors, more than once: whatever it raises is
-    taken as its failure. Only calls of the library stand in here.
+    The library changed its HTTP client, and so the classes of its errors, more than once: anything raised in this
+    context counts as its failure. So the context holds nothing but calls of the library.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The published models by name: where the hub has them, and what Meta's own server calls them."""
+"""Published models by name, with their repositories on the hub and their folders on Meta's own server."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llama.errors import DownloadError
 
 @dataclass(frozen=True)
 class Published:
-    """Where one model is published.
+    """One published model.
 
     Args:
-        name: what we call it, as in `llama.config` with the tuning at the end.
+        name: as in `llama.config`, with the tuning at the end.
         repo: the hub's repository in Hugging Face's layout.
-        original_repo: the one with Meta's layout; the same one, but for Llama 2.
+        original_repo: the hub's repository in Meta's layout; for all but Llama 2 the same.
         folder: of Meta's server.
         n_shards: files named consolidated.NN.pth in Meta's layout.
         shares_tokenizer: Llama 2's tokenizer lies beside the models' folders, later ones in each.
@@ -40,7 +40,7 @@ def _llama_2(size: str, chat: str) -> Published:
 
 
 def _llama_3(version: str, size: str, tuning: str) -> Published:
-    """Llama 3 is called Meta-Llama on the hub, and its folders on Meta's server have names of their own."""
+    """Return a model of Llama 3 or later; the hub calls the first version Meta-Llama, in folders of other names."""
     stem = f"Llama-{version}-{size.upper()}{tuning}"
     folder = stem + ("-MP8" if size == "405b" else "")  # there are also 16 shards, and 8-bit ones
     if version == "3":
@@ -68,10 +68,10 @@ MODELS: dict[str, Published] = {
 
 
 def find(name: str) -> Published:
-    """The model called `name`, in any case, with or without Meta's own prefix.
+    """Return the model called `name`, in capitals or not, with Meta's own prefix or without.
 
     Raises:
-        DownloadError: for a name that is none of them; the closest ones are told.
+        DownloadError: for an unknown name; the message has the closest known ones.
     """
     key = name.lower().removeprefix("meta-llama/").removeprefix("meta-")
     if key not in MODELS:
@@ -81,10 +81,10 @@ def find(name: str) -> Published:
 
 
 def find_size(size: str) -> Published:
-    """The model of a size: a bare one, such as 7B or 13B-chat, is Llama 2's; full names are taken as well.
+    """Return the model of Llama 2 that has a size such as 7B or 13B-chat; or the model of a full name.
 
     Raises:
-        DownloadError: for a size that is not Llama 2's and no full name.
+        DownloadError: for another text.
     """
     bare = f"llama-2-{size.lower()}"
     if bare in MODELS:

@@ -1,6 +1,6 @@
-"""The link in Meta's e-mail: one address with a `*`, behind which the files of a model lie.
+"""Downloads by the link in Meta's e-mail: one address with a `*` in place of a file's path.
 
-What `download.sh` does with it, with resuming, checking and plain words. The part after the `?` is a
+Meta's `download.sh` does the same, without resuming, checking and plain words. The part after the `?` is a
 signature: whoever has it may download, so it is never shown.
 """
 
@@ -18,7 +18,7 @@ from llama.config import read_json
 from llama.download import checklist
 from llama.download.checklist import Progress
 from llama.download.models import Published
-from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience, check_space
+from llama.download.transfer import PARTIAL, PATIENT, Address, Fetcher, Patience, require_space
 from llama.errors import CheckpointError, DownloadError
 
 LIST, TOKENIZER_LIST = checklist.NAMES
@@ -30,7 +30,7 @@ class Link:
     """Meta's link, taken apart at its `*`.
 
     Args:
-        before, after: what surrounds the place of a file's path; the latter is secret.
+        before, after: the text on both sides of the `*`; the latter is secret.
     """
 
     before: str
@@ -38,10 +38,10 @@ class Link:
 
     @classmethod
     def parse(cls, text: str) -> Link:
-        """The link as it was pasted.
+        """Read a link as it was pasted.
 
         Raises:
-            DownloadError: for what is no such link; it is not repeated.
+            DownloadError: for another text, which the message does not repeat.
         """
         # Shells and mail programs escape the asterisk.
         text = re.sub(r"\\\*|%2[aA]", "*", text.strip().strip("'\"<>"), count=1)
@@ -58,7 +58,7 @@ class Link:
         return cls(before, rest + question + query)
 
     def file(self, path: str) -> Address:
-        """Where the file at `path` of the server is."""
+        """Return the address of the file at `path` of the server."""
         return Address(path, f"{self.before}{path}{self.after}")
 
     @property
@@ -72,7 +72,7 @@ class Link:
 
 @dataclass(frozen=True)
 class _Item:
-    """One file to fetch: its name here, its place there, and what it must be."""
+    """One file to fetch: its name here, its address there, and the size and md5 that it must have."""
 
     name: str
     address: Address
@@ -81,18 +81,18 @@ class _Item:
 
 
 def download(link: Link, model: Published, folder: Path, patience: Patience = PATIENT) -> None:
-    """Fetch a model in Meta's layout, checked against Meta's checklists; continue what an earlier run began.
+    """Fetch a model in Meta's layout, checked against Meta's checklists; continue an earlier run.
 
     Args:
         link: of Meta's e-mail.
-        model: which one.
-        folder: where; files in it that are already right are left alone.
+        model: to fetch.
+        folder: to write; files in it that are already right are left alone.
         patience: with the server.
 
     Raises:
-        DownloadError: the server refuses or breaks off too often, a file comes damaged, the disk is too
+        DownloadError: when the server refuses or breaks off too often, a file comes damaged, the disk is too
             small, or the folder holds another file of the same name.
-        CheckpointError: a checklist that is none, or that does not name the model's files.
+        CheckpointError: for a damaged checklist, or one that does not name the model's files.
     """
     fetcher = Fetcher(patience)
     lists = _fetch_lists(fetcher, link, model)
@@ -112,11 +112,11 @@ def _bar(total: int) -> tqdm[None]:
     return tqdm(total=total or None, unit="B", unit_scale=True, desc="downloading")
 
 
-# -- what is to be fetched -------------------------------------------------------------------------
+# -- files to fetch --------------------------------------------------------------------------------
 
 
 def _fetch_lists(fetcher: Fetcher, link: Link, model: Published) -> dict[str, str]:
-    """The text of each checklist, by its name."""
+    """Return the text of each checklist, by its name."""
     places = {LIST: f"{model.folder}/{LIST}"}
     if model.shares_tokenizer:
         places[TOKENIZER_LIST] = TOKENIZER_LIST
@@ -124,7 +124,7 @@ def _fetch_lists(fetcher: Fetcher, link: Link, model: Published) -> dict[str, st
 
 
 def _plan(fetcher: Fetcher, link: Link, model: Published, lists: dict[str, str]) -> list[_Item]:
-    """Every file with its size and md5; params.json last, since nothing opens as a checkpoint without it."""
+    """Return every file with its size and md5; params.json last, since a folder without it is no checkpoint."""
     sums = {name: md5 for where, text in lists.items() for name, md5 in checklist.parse(text, where).items()}
     shards = [f"consolidated.{shard:02d}.pth" for shard in range(model.n_shards)]
     unknown = [name for name in shards if name not in sums]
@@ -138,7 +138,7 @@ def _plan(fetcher: Fetcher, link: Link, model: Published, lists: dict[str, str])
     return items
 
 
-# -- what is on disk -------------------------------------------------------------------------------
+# -- files on disk ---------------------------------------------------------------------------------
 
 
 def _check_lists(folder: Path, lists: dict[str, str]) -> None:
@@ -149,7 +149,7 @@ def _check_lists(folder: Path, lists: dict[str, str]) -> None:
 
 
 def _is_here(folder: Path, item: _Item, progress: Progress) -> bool:
-    """Whether an earlier run has fetched a file; one of another content is nobody's to overwrite."""
+    """Return True for a file that an earlier run has fetched; refuse to replace a file of another content."""
     path = folder / item.name
     if not path.exists():
         return False
@@ -169,7 +169,7 @@ def _stranger(path: Path) -> DownloadError:
 def _check_space(folder: Path, missing: list[_Item]) -> None:
     partials = [folder / (item.name + PARTIAL) for item in missing]
     kept = sum(path.stat().st_size for path in partials if path.exists())
-    check_space(folder, sum(item.size or 0 for item in missing) - kept)
+    require_space(folder, sum(item.size or 0 for item in missing) - kept)
 
 
 def _write_lists(folder: Path, lists: dict[str, str]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,9 +21,10 @@ import requests
 
 from llama.download.checklist import BLOCK_BYTES, Progress
 from llama.errors import DownloadError
+from llama.sizes import check_space, show_gigabytes
 
 PARTIAL = ".partial"
-# What is lost at most when a connection breaks off: a block is handed on when it is complete.
+# Bytes of a block, which is written when it is complete, and lost when the connection breaks off before.
 NET_BYTES = 1 << 16
 # Lists and the like, which are kept in memory.
 MAX_TEXT_BYTES = 1 << 20
@@ -43,10 +43,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try.
+    """Limits of waiting for a server.
 
     Args:
-        tries: in a row that brought nothing.
+        tries: in a row that bring nothing.
         pause: seconds after the first failure; doubled after each.
         longest_pause: seconds, also where a server asks for more.
         timeout: seconds without a byte after which a connection counts as broken.
@@ -63,7 +63,7 @@ PATIENT = Patience()
 
 @dataclass(frozen=True)
 class Address:
-    """A file on a server: its name, for people, and its URL, which is a secret."""
+    """A file on a server: its name, for people, and its URL, which is secret."""
 
     name: str
     url: str
@@ -88,7 +88,7 @@ class Fetcher:
     """Gets files from servers, patiently.
 
     Args:
-        patience: how long to try.
+        patience: with each file.
     """
 
     def __init__(self, patience: Patience = PATIENT) -> None:
@@ -98,10 +98,10 @@ class Fetcher:
         self._session.headers["Accept-Encoding"] = "identity"
 
     def text(self, address: Address) -> str:
-        """A small file's content.
+        """Return a small file's content.
 
         Raises:
-            DownloadError: when the server refuses it, fails for good, or sends no text of such a size.
+            DownloadError: when the server refuses it, fails for good, or sends no text or too long a one.
         """
 
         def read() -> bytes:
@@ -119,7 +119,7 @@ class Fetcher:
             raise DownloadError(f"{address.name} is not text") from None
 
     def size(self, address: Address) -> int | None:
-        """A file's length in bytes; None where the server does not tell.
+        """Return a file's length in bytes; None where the server does not tell.
 
         Meta's servers refuse HEAD, so the first byte is asked for.
 
@@ -141,15 +141,15 @@ class Fetcher:
         """Download a file to `target`, continuing an earlier try.
 
         Args:
-            address: where it is.
-            target: its path; until it is whole it lies beside it, with `.partial` at the end.
+            address: of the file.
+            target: its path; until the file is whole, its name ends in `.partial`.
             size: in bytes, or None where it is not known.
-            md5: what its digest must be, or None.
-            progress: told of bytes as they come, and of negative ones when they are thrown away.
+            md5: the digest that it must have, or None.
+            progress: called with the bytes that came, and with a negative number when bytes are thrown away.
 
         Raises:
-            DownloadError: refused, broken off too often, of wrong content, or the disk is full. What was
-                right stays as the partial file.
+            DownloadError: when the file is refused, breaks off too often or has the wrong content, or the disk
+                is full. The right part stays as the partial file.
         """
         with _Partial.open(target.with_name(target.name + PARTIAL), progress) as part:
             was_continued = self._complete(address, part, size)
@@ -167,7 +167,7 @@ class Fetcher:
             part.rename(target)
 
     def _complete(self, address: Address, part: _Partial, size: int | None) -> bool:
-        """Fill the partial file up; whether any of it was there before a request."""
+        """Fill the partial file up; return True where a part of it was there before a request."""
         if size is not None and part.length > size:
             part.restart()
         was_continued = part.length > 0
@@ -187,7 +187,7 @@ class Fetcher:
         return was_continued
 
     def _append(self, address: Address, part: _Partial, size: int | None) -> None:
-        """One request for all that is missing."""
+        """Request all missing bytes once."""
         with self._get(address, f"bytes={part.length}-" if part.length else None) as response:
             end, total = _announced(response, part, size)
             for block in response.iter_content(NET_BYTES):
@@ -207,11 +207,11 @@ class Fetcher:
                 _check_status(response, address.name, bool(span))
                 yield response
         except requests.RequestException as error:
-            # Its own text holds the address, and so the signature.
+            # The error's own text holds the address, and so the signature.
             raise _BrokenError(_reason(error)) from None
 
     def _persist(self, address: Address, action: Callable[[], Result], length: Callable[[], int] = lambda: 0) -> Result:
-        """Repeat what breaks until it succeeds, or has failed too often without getting on."""
+        """Repeat an action until it succeeds, or has failed too often without bringing bytes."""
         failures, reached = 0, length()
         while True:
             try:
@@ -226,7 +226,7 @@ class Fetcher:
             time.sleep(min(pause, self.patience.longest_pause))
 
 
-# -- what a server says ----------------------------------------------------------------------------
+# -- answers of a server ---------------------------------------------------------------------------
 
 
 def _reason(error: requests.RequestException) -> str:
@@ -261,7 +261,7 @@ def _content_length(response: requests.Response) -> int | None:
 
 
 def _content_range(response: requests.Response) -> tuple[int, int, int | None]:
-    """First byte, the byte after the last, and the file's length where it is told."""
+    """Return the first byte, the byte after the last, and the file's length where the server tells it."""
     text = response.headers.get("Content-Range", "")
     found = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18}|\*)", text)
     if found is None:
@@ -275,7 +275,7 @@ def _content_range(response: requests.Response) -> tuple[int, int, int | None]:
 
 
 def _announced(response: requests.Response, part: _Partial, size: int | None) -> tuple[int | None, int | None]:
-    """Where in the file an answer ends, and the file's length, as far as they are known.
+    """Return the byte of the file at which an answer ends, and the file's length, as far as they are known.
 
     A partial file whose range was ignored is emptied: the answer is the whole file.
     """
@@ -296,11 +296,20 @@ def _announced(response: requests.Response, part: _Partial, size: int | None) ->
     return end, size if total is None else total
 
 
-# -- what is on disk -------------------------------------------------------------------------------
+# -- files on disk ---------------------------------------------------------------------------------
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to download more bytes than the disk has room for.
+
+    Raises:
+        DownloadError: naming both sizes.
+    """
+    check_space(folder, needed, f"{show_gigabytes(needed)} are missing", "choose another --output_dir", DownloadError)
 
 
 class _Partial:
-    """A file under way: as much of it as is on disk, and the digest of that."""
+    """A file under way: the part on disk and the part's digest."""
 
     def __init__(self, path: Path, file: Any, progress: Progress) -> None:
         self.path = path
@@ -312,7 +321,7 @@ class _Partial:
     @classmethod
     @contextmanager
     def open(cls, path: Path, progress: Progress) -> Iterator[_Partial]:
-        """Open what an earlier try left, or an empty file."""
+        """Open the partial file of an earlier try, or an empty one."""
         try:
             with path.open("a+b") as file:
                 try:
@@ -342,16 +351,16 @@ class _Partial:
         self._progress(len(block))
 
     def md5(self) -> str:
-        """Digest of what is there."""
+        """Return the digest of the bytes on disk."""
         return self._digest.hexdigest()
 
     def write(self, block: bytes) -> None:
-        """Append; the file is opened to append, so that its position does not matter."""
+        """Append a block; the file is open for appending, so its position does not matter."""
         self._file.write(block)
         self._count(block)
 
     def restart(self) -> None:
-        """Throw away what is there."""
+        """Throw away all bytes."""
         self._file.flush()
         self._file.truncate(0)
         self._progress(-self.length)
@@ -365,20 +374,3 @@ class _Partial:
         """Give the file its name, now that it is whole."""
         self._file.flush()
         self.path.replace(target)
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """Refuse what the disk has no room for.
-
-    Raises:
-        DownloadError: naming both sizes.
-    """
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise DownloadError(
-            f"{needed / 1e9:.2f} GB are missing, but {place} has {free / 1e9:.2f} GB free: "
-            "choose another --output_dir or make room"
-        )

@@ -1,7 +1,7 @@
-"""Write a checkpoint as one GGUF file, for llama.cpp and what is built on it.
+"""Checkpoints as GGUF files, for llama.cpp and the programs that are built on it.
 
 GGUF's Llama is Meta's layout under other names: no rows are permuted. Tensors go from file to file in
-pieces; the `gguf` package knows the format and the quantized blocks, llama.cpp itself is the test's judge.
+pieces. The `gguf` package knows the format and the quantized blocks; the tests load the files in llama.cpp.
 Keys and types: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from llama.chat import chat_format
 from llama.checkpoint.folders import check_space, partial_file
+from llama.checkpoint.params import context_length
 from llama.checkpoint.rows import SourceTensor, row_chunks
 from llama.checkpoint.source import Checkpoint
-from llama.checkpoint.split import LLAMA_3_VOCAB
 from llama.checkpoint.table import Spec
-from llama.config import ModelArgs, read_json
+from llama.config import ModelArgs
 from llama.env import is_speaker, notice
 from llama.errors import CheckpointError, LlamaError, TokenizerError
 from llama.export import soft_tokens, templates
@@ -33,7 +33,7 @@ from llama.tokenizer import Tokenizer
 from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-# Quantized values share a scale in blocks of so many neighbours of a row.
+# Neighbours of a row that share a scale.
 BLOCK = 32
 # llama.cpp's names for ways to cut text into words.
 PATTERNS = {"llama3": "llama-bpe", "gpt2": "gpt-2"}
@@ -46,7 +46,7 @@ def export_gguf(
     output: str | Path,
     type_name: str,
     chat: str = "auto",
-    context_length: int | None = None,
+    context: int | None = None,
     force: bool = False,
     prompt: Tensor | None = None,
 ) -> Path:
@@ -58,7 +58,7 @@ def export_gguf(
         output: the file; it appears under this name once it is whole.
         type_name: one of `TYPES`, for the matrices; vectors are always float32.
         chat: chat template to carry along: "auto", "llama2", "llama3", "alpaca", "plain" or "none".
-        context_length: tokens that the model was made for; None for what its files tell.
+        context: tokens that the model was made for; None for `llama.checkpoint.params.context_length`.
         force: replace a file that exists.
         prompt: a soft prompt, [n_virtual_tokens, dim]; it becomes tokens, which the template puts in front of
             BOS.
@@ -88,9 +88,9 @@ def export_gguf(
     with partial_file(target) as partial:
         writer = library.GGUFWriter(partial, "llama")
         try:
-            _add_geometry(writer, args, checkpoint, context_length or _context_length(checkpoint))
+            _add_geometry(writer, args, checkpoint, context or context_length(checkpoint))
             _add_file_type(writer, type_name)
-            # What stands before BOS keeps llama.cpp from adding it in front.
+            # The opening holds BOS, which llama.cpp must not add in front of it.
             _add_vocabulary(writer, vocabulary, tokenizer, add_bos=not opening)
             if texts:
                 writer.add_chat_template(opening + texts.jinja)
@@ -106,7 +106,7 @@ def export_gguf(
 
 
 def _library() -> Any:
-    """The `gguf` package, of which nothing else here needs to know."""
+    """Return the `gguf` package, an optional dependency."""
     try:
         import gguf
     except ImportError:
@@ -123,7 +123,7 @@ def _check_target(target: Path, type_name: str, force: bool) -> None:
     if target.is_dir():
         raise CheckpointError(f"{target} is a folder: name the file to write, such as {target / 'model.gguf'}")
     if target.suffix != ".gguf":
-        # With --force another name could be that of somebody's weights.
+        # With --force, another name could replace somebody's weights.
         raise CheckpointError(f"{target} must end in .gguf: it is the file to write")
     if target.exists() and not force:
         raise CheckpointError(f"{target} exists: add --force to replace it, or choose another name")
@@ -137,7 +137,7 @@ def _check_target(target: Path, type_name: str, force: bool) -> None:
 
 @dataclass(frozen=True)
 class _Planned:
-    """One tensor to write: where from, and as what."""
+    """One tensor to write: its source and its type in the file."""
 
     tensor: SourceTensor
     type_name: str
@@ -157,7 +157,7 @@ class _Planned:
 
 
 def _plan(checkpoint: Checkpoint, args: ModelArgs, type_name: str) -> list[_Planned]:
-    """Every tensor of the file; an output layer that is the embedding is left to llama.cpp to share."""
+    """Return every tensor of the file, without a tied output layer: llama.cpp uses the embedding."""
     planned = [
         _Planned(tensor, _type_of(tensor.spec, args, type_name))
         for name, tensor in checkpoint.tensors.items()
@@ -173,11 +173,10 @@ def _plan(checkpoint: Checkpoint, args: ModelArgs, type_name: str) -> list[_Plan
 
 
 def _type_of(spec: Spec, args: ModelArgs, type_name: str) -> str:
-    """What a tensor is written as, much as llama.cpp's own quantizer decides.
+    """Return the type of a tensor, much as llama.cpp's own quantizer decides.
 
-    Vectors stay float32: llama.cpp has no other norms. The output layer, also where it is the embedding,
-    decides the words and suffers most from 4 bits: llama.cpp gives it 6, and here, where the `gguf`
-    package has no such blocks, 8.
+    Vectors stay float32: llama.cpp has no other norms. The output layer, or the embedding where the two are tied,
+    suffers most from 4 bits: llama.cpp gives it 6, and we give it 8, since the `gguf` package has no blocks of 6.
     """
     if len(spec.shape) == 1:
         return "f32"
@@ -234,7 +233,7 @@ def _write_tensor(plan: _Planned, file: BinaryIO, bar: tqdm[Any]) -> None:
 
 
 def _encode(rows: Tensor, type_name: str) -> bytes:
-    """Rows as the bytes that the file holds."""
+    """Return rows as the bytes of the file."""
     if type_name not in ("q8_0", "q4_0"):
         return rows.view(-1).view(torch.uint8).numpy().tobytes()
     library = _library()
@@ -243,7 +242,7 @@ def _encode(rows: Tensor, type_name: str) -> bytes:
 
 
 def _rope_factors(args: ModelArgs) -> Tensor | None:
-    """By how much Llama 3.1's scaling slows each frequency, which llama.cpp reads as a tensor: [D/2]."""
+    """Return the factor by which Llama 3.1's scaling slows each frequency, a tensor [D/2] of the file."""
     if args.rope_scaling is None or args.rope_scaling.kind != "llama3":
         return None
     return rope_frequencies(dataclasses.replace(args, rope_scaling=None)) / rope_frequencies(args)
@@ -252,10 +251,10 @@ def _rope_factors(args: ModelArgs) -> Tensor | None:
 # -- metadata --------------------------------------------------------------------------------------
 
 
-def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context_length: int) -> None:
+def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context: int) -> None:
     writer.add_type("model")
     writer.add_name(checkpoint.path.resolve().name)
-    writer.add_context_length(context_length)
+    writer.add_context_length(context)
     writer.add_embedding_length(args.dim)
     writer.add_block_count(args.n_layers)
     writer.add_feed_forward_length(args.ffn_dim)
@@ -272,25 +271,6 @@ def _add_geometry(writer: Any, args: ModelArgs, checkpoint: Checkpoint, context_
         writer.add_rope_scaling_factor(args.rope_scaling.factor)
 
 
-def _context_length(checkpoint: Checkpoint) -> int:
-    """Tokens that the model was made for: Hugging Face's files tell, Meta's generations are known by their marks.
-
-    llama.cpp takes it as the default context and warns beyond it; no computation depends on it.
-    """
-    if checkpoint.format == "hf":
-        told = read_json(checkpoint.path / "config.json").get("max_position_embeddings")
-        if isinstance(told, int) and told > 0:
-            return told
-    args = checkpoint.args
-    scaling = args.rope_scaling
-    if scaling is not None and scaling.kind == "llama3":
-        return 16 * scaling.original_context  # 131,072 from 8,192, whatever the factor
-    if args.vocab_size >= LLAMA_3_VOCAB:
-        return 8192
-    trained = 2048 if args.norm_eps == 1e-6 else 4096  # Llama 1, Llama 2
-    return trained if scaling is None else int(trained * scaling.factor)
-
-
 def _add_file_type(writer: Any, type_name: str) -> None:
     library = _library()
     prefix = "ALL_" if type_name == "f32" else "MOSTLY_"
@@ -300,10 +280,10 @@ def _add_file_type(writer: Any, type_name: str) -> None:
 
 
 def _padded(vocabulary: Vocabulary, n_rows: int) -> Vocabulary:
-    """The vocabulary with one token for every row of the embedding.
+    """Return the vocabulary with one token for every row of the embedding.
 
     Raises:
-        TokenizerError: it has more tokens than there are rows, or less than half as many.
+        TokenizerError: for more tokens than there are rows, or less than half as many.
     """
     known = len(vocabulary.tokens)
     if not known <= n_rows <= 2 * known:

@@ -1,7 +1,7 @@
-"""A soft prompt as vocabulary, for programs that know only tokens.
+"""Soft prompts as vocabulary, for programs that know only tokens.
 
-Each virtual token becomes a control token whose row of the embedding is what was learnt. The output layer
-gets rows for them too, those of a token that a model never says, so that none of them is any likelier.
+Each virtual token becomes a control token, and its vector a row of the embedding. The output layer gets a row for each
+as well: a copy of the row of a token that models never generate, so that they never generate a virtual token either.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from llama.checkpoint.table import specs
 from llama.errors import AdapterError, TokenizerError
 from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, spell
 
-# No UTF-8 text holds this byte, so that no training text holds its token.
+# No UTF-8 text holds this byte, so its token is in no training text.
 NEVER = b"\xff"
 
 
 def token_names(n_tokens: int) -> list[str]:
-    """How the virtual tokens are spelt: `<|soft_0|>` and so on."""
+    """Return the names of the virtual tokens: `<|soft_0|>` and so on."""
     return [f"<|soft_{number}|>" for number in range(n_tokens)]
 
 
 def add_tokens(vocabulary: Vocabulary, n_tokens: int) -> Vocabulary:
-    """The vocabulary with the virtual tokens behind all others.
+    """Return the vocabulary with the virtual tokens behind all others.
 
     Raises:
-        TokenizerError: when it has tokens of these names.
+        TokenizerError: when the vocabulary has tokens of these names.
     """
     names = token_names(n_tokens)
     taken = sorted(set(names) & set(vocabulary.tokens))
@@ -48,10 +48,10 @@ def add_tokens(vocabulary: Vocabulary, n_tokens: int) -> Vocabulary:
 
 
 def never_said(vocabulary: Vocabulary) -> int:
-    """The token whose row of the output layer the virtual tokens share: `<unk>`, else the byte 0xFF.
+    """Return the token whose row of the output layer the virtual tokens get: `<unk>`, else the byte 0xFF.
 
     Raises:
-        TokenizerError: when it has neither.
+        TokenizerError: when the vocabulary has neither.
     """
     if vocabulary.unk_id >= 0:
         return vocabulary.unk_id
@@ -62,15 +62,15 @@ def never_said(vocabulary: Vocabulary) -> int:
 
 
 def add_rows(checkpoint: Checkpoint, prompt: Tensor, unlikely: int) -> Checkpoint:
-    """The checkpoint with the soft prompt behind its embedding, and an output layer of its own.
+    """Return the checkpoint with the soft prompt behind its embedding, and an output layer that is not tied.
 
     Args:
         checkpoint: the model.
         prompt: [n_virtual_tokens, dim].
-        unlikely: the token whose row of the output layer each virtual token gets.
+        unlikely: the token whose row of the output layer is copied for each virtual token.
 
     Raises:
-        AdapterError: when the prompt is of another width.
+        AdapterError: when the prompt has another width than the model.
     """
     args = checkpoint.args
     if prompt.dim() != 2 or prompt.shape[1] != args.dim:
@@ -100,14 +100,14 @@ class _Longer(SourceTensor):
 
     Args:
         stored: the matrix.
-        rows: what follows it, [n, columns].
+        rows: those that follow, [n, columns].
     """
 
     stored: SourceTensor
     rows: Tensor
 
     def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
-        """As `SourceTensor.read`."""
+        """See `SourceTensor.read`."""
         wanted, columns = index
         n_stored = self.stored.spec.shape[0]
         if wanted.start < n_stored:

@@ -1,7 +1,7 @@
 """Chat formats in the template languages of others: Jinja (GGUF, Hugging Face) and Go (Ollama's Modelfile).
 
-Each says what the format of the same name in `llama.chat` or `llama.data.templates` does; a test holds the
-Jinja ones against it.
+Each template writes a dialog as the format of the same name in `llama.data.templates` does; a test compares the Jinja
+templates with the formats.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from llama.chat import alpaca_prompt
 from llama.errors import CheckpointError
 
-# By its first line a Modelfile of ours is told from a person's own.
+# The first line of a Modelfile of ours, by which a person's own is left alone.
 SIGNATURE = "# Written by scripts/export_gguf.py"
 
 
@@ -22,7 +22,7 @@ class Templates:
     """One chat format for other programs.
 
     Args:
-        jinja: what GGUF carries as `tokenizer.chat_template`.
+        jinja: GGUF's `tokenizer.chat_template`.
         go: Ollama's TEMPLATE. Ollama puts BOS in front itself, unless the file says otherwise.
         stops: texts that end an answer besides the tokenizer's stop tokens.
     """
@@ -109,7 +109,7 @@ TEMPLATES = {
 
 
 def templates(name: str) -> Templates | None:
-    """The templates of a chat format; None for "none".
+    """Return the templates of a chat format; None for "none".
 
     Raises:
         CheckpointError: for a format that has none.
@@ -124,13 +124,13 @@ def templates(name: str) -> Templates | None:
 
 
 def modelfile(gguf_name: str, chat: Templates | None, stops: Sequence[str], opening: str = "") -> str:
-    """The text of an Ollama Modelfile (https://docs.ollama.com/modelfile).
+    """Return the text of an Ollama Modelfile (https://docs.ollama.com/modelfile).
 
     Args:
         gguf_name: the file beside it.
-        chat: how to chat; None hands the prompt on as it is.
+        chat: templates of a chat format; None to pass the prompt on as it is.
         stops: texts that end an answer.
-        opening: what stands before every text, BOS among it where Ollama is not to add it.
+        opening: text before every prompt; it holds BOS where Ollama is not to add BOS itself.
     """
     template = opening + (chat.go if chat else "{{ .Prompt }}")
     lines = [
@@ -144,7 +144,7 @@ def modelfile(gguf_name: str, chat: Templates | None, stops: Sequence[str], open
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a Modelfile may be replaced: an export wrote it."""
+    """True for a Modelfile that an export wrote, which may be replaced."""
     try:
         return path.read_text(encoding="utf-8").startswith(SIGNATURE)
     except (OSError, UnicodeDecodeError):

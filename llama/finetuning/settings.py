@@ -1,4 +1,4 @@
-"""What a training run is asked to do, checked before anything is loaded."""
+"""Settings of a training run, checked before anything is loaded, and the work that the plan is told of."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass
 
 from llama.adapters.adapter import resolve_targets
 from llama.data.examples import Example
+from llama.data.templates import FORMATS
 from llama.errors import UsageError
 from llama.plan.training import Training
 
 METHODS = ("prompt", "lora")
 INITS = ("text", "random")
 SCHEDULERS = ("constant", "linear", "cosine")
-TEMPLATES = ("alpaca", "llama2", "llama3", "plain")
 TRAINERS = ("native", "hf")
 # What may differ when a run goes on: it changes where and how fast, not what is computed.
 FREE_ON_RESUME = ("save_steps", "save_total_limit", "activation_checkpointing", "compile")
@@ -119,7 +119,7 @@ class TrainSettings:
 
     def _check_choices(self) -> None:
         for name, known in (
-            ("method", METHODS), ("trainer", TRAINERS), ("template", TEMPLATES), ("init", INITS),
+            ("method", METHODS), ("trainer", TRAINERS), ("template", tuple(FORMATS)), ("init", INITS),
             ("lr_scheduler", SCHEDULERS),
         ):  # fmt: skip
             value = getattr(self, name)
@@ -127,16 +127,16 @@ class TrainSettings:
                 raise UsageError(f"--{name} takes {', '.join(known[:-1])} or {known[-1]}, not {value!r}")
 
     def decisive(self) -> dict[str, object]:
-        """What decides the result, and so must not change when a run goes on."""
+        """Return the settings that decide the result, and so must not change when a run goes on."""
         return {name: value for name, value in asdict(self).items() if name not in FREE_ON_RESUME}
 
     def n_steps(self, steps_per_epoch: int) -> int:
-        """Optimiser steps of the whole run."""
+        """Return the optimiser steps of the whole run."""
         by_epochs = max(1, math.ceil(self.num_epochs * steps_per_epoch))
         return by_epochs if self.max_steps is None else self.max_steps
 
     def learning_rate(self, step: int, n_steps: int) -> float:
-        """Of the optimiser step `step`, counted from 0: a linear warm-up, then constant or down towards zero."""
+        """Return the learning rate of step `step`, counted from 0: a linear warm-up, then constant or down to zero."""
         if step < self.warmup_steps:
             return self.lr * (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, n_steps - self.warmup_steps)
@@ -153,7 +153,7 @@ def _check(name: str, good: bool, range_: str, value: object) -> None:
 
 
 def workload(settings: TrainSettings, copies: int = 1, examples: Sequence[Example] = ()) -> Training:
-    """What `llama.plan.advice.check_fit` is asked about before a model is loaded to be tuned.
+    """Return the work that `llama.plan.advice.check_fit` is asked about before a model is loaded to be tuned.
 
     Args:
         settings: of the run.

@@ -1,4 +1,4 @@
-"""Who owns what: the cut of a Llama across the ranks of one model.
+"""The cut of a Llama across the ranks of one model: each rank's heads, FFN columns and vocabulary rows.
 
 Every reader, writer and layer asks the same `Partition`, so there is one answer. Attention is cut in
 whole key/value groups while there are enough of them, and inside one group beyond that (its KV head
@@ -23,7 +23,7 @@ EVENNESS = 0.01
 
 
 def parse_tensor_split(tensor_split: str | Sequence[float] | None, world_size: int) -> tuple[float, ...]:
-    """Weights of the ranks, summing to 1: from `"3,1"`, a sequence, or None for equal ones.
+    """Return the weights of the ranks, summing to 1: from `"3,1"`, a sequence, or None for equal ones.
 
     Raises:
         PartitionError: unless there is one positive finite number a rank.
@@ -67,7 +67,7 @@ def apportion(units: int, weights: Sequence[float]) -> list[int]:
 
 
 def ranges(sizes: Sequence[int]) -> tuple[range, ...]:
-    """Sizes laid end to end: (2, 1) becomes (range(0, 2), range(2, 3))."""
+    """Lay sizes end to end: (2, 1) becomes (range(0, 2), range(2, 3))."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
 
@@ -154,7 +154,7 @@ class Partition:
 
 
 def _cut_heads(args: ModelArgs, weights: Sequence[float]) -> tuple[tuple[range, ...], tuple[range, ...]]:
-    """Query heads and the KV heads that serve them: whole groups a rank, or ranks inside one group."""
+    """Return the query heads and the KV heads that serve them: whole groups a rank, or ranks inside one group."""
     if len(weights) <= args.n_kv_heads:
         kv_heads = ranges(apportion(args.n_kv_heads, weights))
         group = args.group_size
@@ -168,7 +168,7 @@ def _cut_heads(args: ModelArgs, weights: Sequence[float]) -> tuple[tuple[range, 
 
 
 def _ranks_of_groups(args: ModelArgs, weights: Sequence[float]) -> list[tuple[int, int]]:
-    """Which run of ranks serves each KV group, so that heads follow the weights most closely.
+    """Return the run of ranks that serves each KV group, so that heads follow the weights most closely.
 
     With more ranks than groups each rank serves (part of) exactly one: a shortest path over
     (groups served, ranks used), the cost of a step being the squared misfit of its ranks' heads.
@@ -197,7 +197,7 @@ def _cut_ffn(
     kv_heads: Sequence[range],
     block: int | None,
 ) -> tuple[range, ...]:
-    """FFN columns, so that attention and FFN together follow the weights."""
+    """Return the FFN columns, so that attention and FFN together follow the weights."""
     # Columns of dim parameters: wq and wo have head_dim of them a head, wk and wv likewise.
     attention = [2 * args.head_dim * (len(q) + len(kv)) for q, kv in zip(heads, kv_heads, strict=True)]
     total = sum(attention) + 3 * args.ffn_dim
@@ -213,7 +213,7 @@ def _cut_ffn(
 
 
 def _cut_vocab(vocab_size: int, weights: Sequence[float]) -> tuple[range, ...]:
-    """Vocabulary rows by weight; equal ones exactly where they divide, as Meta's files have them."""
+    """Return the vocabulary rows by weight; equal ones exactly where they divide, as Meta's files have them."""
     exact = _divides(vocab_size, weights)
     block = _largest_block(
         vocab_size, VOCAB_BLOCK, lambda n: n % len(weights) == 0 if exact else n >= len(weights), whole=exact
@@ -222,12 +222,12 @@ def _cut_vocab(vocab_size: int, weights: Sequence[float]) -> tuple[range, ...]:
 
 
 def _divides(total: int, weights: Sequence[float]) -> bool:
-    """Whether `total` falls into equal whole parts for ranks of equal weight."""
+    """Return whether `total` falls into equal whole parts for ranks of equal weight."""
     return max(weights) - min(weights) < 1e-9 * max(weights) and total % len(weights) == 0
 
 
 def _is_even(n_blocks: int, wanted: Sequence[float]) -> bool:
-    """Whether dealing blocks out leaves each rank within EVENNESS of what it should have."""
+    """Return whether dealing blocks out leaves each rank within EVENNESS of its share."""
     if n_blocks < len(wanted):
         return False
     ideal = [n_blocks * columns / sum(wanted) for columns in wanted]
@@ -236,7 +236,7 @@ def _is_even(n_blocks: int, wanted: Sequence[float]) -> bool:
 
 
 def _largest_block(total: int, start: int, fits: Callable[[int], bool], whole: bool = False) -> int:
-    """The largest block, halving from `start`, for which the number of blocks fits; 1 if none does.
+    """Return the largest block, halving from `start`, for which the number of blocks fits; 1 if none does.
 
     With `whole`, blocks must also fill the total without a rest.
     """

@@ -1,1 +1,1 @@
-"""Memory that a run needs, memory that is there, and what would fit."""
+"""Plans: the memory that a run needs beside the memory that is there, and proposals that would fit."""

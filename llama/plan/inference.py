@@ -1,4 +1,4 @@
-"""How much memory a forward pass takes beyond weights and cache: the model's own steps, added up.
+"""Memory of generation beyond weights and cache: the tensors of the model's own steps, added up.
 
 Tensors are counted where the code holds them: a variable of a frame that waits for its callee is
 still memory. So this file follows `llama.model`, `llama.ops` and `llama.generation` line by line,
@@ -19,97 +19,15 @@ from llama.kernels.products import FEW_ROWS, piece_rows
 from llama.parallel.partition import Partition
 from llama.quantization.scheme import OUTPUT, Scheme
 
-FLOAT = 4
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What the operators of a device allocate for themselves.
-
-    Args:
-        itemsize: bytes of a number of the model's dtype.
-        threads: of a CPU rank, each with tiles of its own; 0 on a card.
-        fused: whether attention never holds all scores at a time.
-        native: whether our own kernels are in use.
-    """
-
-    itemsize: int
-    threads: int = 0
-    fused: bool = True
-    native: bool = False
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product with this rank's part of one matrix.
-
-    Args:
-        form: how the matrix is held; None for numbers, whose products take nothing more.
-        n_rows, n_columns: N and K.
-        kernels: of the device.
-    """
-
-    form: Form | None
-    n_rows: int
-    n_columns: int
-    kernels: Kernels
-
-    @property
-    def piece(self) -> int:
-        """Numbers that are widened at a time."""
-        return min(self.n_rows, piece_rows(self.n_columns)) * self.n_columns
-
-    @property
-    def in_pieces(self) -> bool:
-        """Whether the matrix is larger than that."""
-        return self.piece < self.n_rows * self.n_columns
-
-    def widening(self) -> int:
-        """The most that is held while a piece is widened, the widened piece among it."""
-        if self.form is None:
-            return 0
-        numbers, itemsize = self.piece, self.kernels.itemsize
-        if self.form.kind == "int8":
-            return 2 * FLOAT * numbers
-        if self.kernels.native:
-            return itemsize * numbers
-        # In float32, multiplied by the scales, and those; then in the dtype.
-        narrow = itemsize * numbers if itemsize < FLOAT else 0
-        return 2 * FLOAT * numbers + FLOAT * numbers // self.form.group_size + narrow
-
-    def forward(self, n_tokens: int, kept: bool = False) -> int:
-        """Beyond x [M, K] and y [M, N]; `kept` where autograd follows."""
-        if self.form is None:
-            return 0
-        itemsize = self.kernels.itemsize
-        y = n_tokens * self.n_rows * itemsize
-        if self.kernels.native and n_tokens <= FEW_ROWS and not kept:
-            return n_tokens * (self.n_rows + self.n_columns) * FLOAT if itemsize < FLOAT else 0
-        if self.in_pieces:
-            last = self.n_rows % (self.piece // self.n_columns) or self.piece // self.n_columns
-            # The parts of y are put together in the end.
-            return max(self.widening() - n_tokens * last * itemsize, self.piece * itemsize, y)
-        return max(self.widening() - y, self.piece * itemsize)
-
-    def backward(self, n_tokens: int) -> int:
-        """Beyond the gradients of y [M, N] and of x [M, K]."""
-        if self.form is None:
-            return 0
-        part = n_tokens * self.n_columns * self.kernels.itemsize
-        if self.in_pieces:
-            return max(self.widening(), part + self.piece * self.kernels.itemsize)
-        return max(self.widening() - part, self.piece * self.kernels.itemsize)
-
-
-INDEX = 8  # int64
-# torch's CPU attention works in tiles: queries a tile by how many there are, and keys a tile.
+FLOAT, INDEX = 4, 8  # bytes of float32 and int64
+# torch's CPU attention works in tiles: queries a tile by the number of queries, and keys a tile.
 QUERY_TILES = ((768, 256), (192, 64), (0, 32))
 KEY_TILE = 512
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run at a time.
+    """Sequences that are generated at a time.
 
     Args:
         n_prompts: sequences at a time.
@@ -124,31 +42,116 @@ class Workload:
     program: ClassVar[str] = "example.py"
 
     def words(self) -> str:
-        """Such as "2 prompts of 512 tokens"."""
+        """Return such as "2 prompts of 512 tokens"."""
         prompts = "1 prompt" if self.n_prompts == 1 else f"{self.n_prompts} prompts"
         return f"{prompts} of {self.length} tokens"
 
     def flags(self) -> dict[str, object]:
-        """What the program is told of it; None for a flag that is left out, True for one that takes no value."""
+        """Return the program's flags by name: None for a flag that is left out, True for one without a value."""
         return {"max_seq_len": self.length, "max_batch_size": self.n_prompts}
 
     @property
     def n_rows(self) -> int:
-        """Prompts of full length that the engine prefills in one pass; see its `_next_group`."""
+        """Prompts of full length that the engine prefills in one pass; see `Engine._next_group`."""
         return min(self.n_prompts, max(1, PREFILL_TOKENS // self.length))
 
     def passes(self) -> list[tuple[int, int]]:
-        """The prefill passes that may be the fullest, as columns (start, stop) of the prompts."""
+        """Return the prefill passes that may be the fullest, as columns (start, stop) of the prompts."""
         full = self.length // PREFILL_TOKENS * PREFILL_TOKENS
         starts = {0, max(0, full - PREFILL_TOKENS), full}
         runs = [(start, min(start + PREFILL_TOKENS, self.length)) for start in sorted(starts)]
         return [(start, stop) for start, stop in runs if start < stop]
 
 
+# -- operators ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operators of a device, by which they allocate scratch memory.
+
+    Args:
+        itemsize: bytes of a number of the model's dtype.
+        threads: of a CPU rank, each with tiles of its own; 0 on a card.
+        fused: attention never holds all scores at a time.
+        native: our own kernels are in use.
+    """
+
+    itemsize: int
+    threads: int = 0
+    fused: bool = True
+    native: bool = False
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product with this rank's part of one matrix.
+
+    Args:
+        form: of a matrix of integers; None for a matrix of numbers, whose products take no scratch memory.
+        n_rows, n_columns: N and K.
+        kernels: of the device.
+    """
+
+    form: Form | None
+    n_rows: int
+    n_columns: int
+    kernels: Kernels
+
+    @property
+    def piece(self) -> int:
+        """Numbers of a piece, which is widened at a time."""
+        return min(self.n_rows, piece_rows(self.n_columns)) * self.n_columns
+
+    @property
+    def in_pieces(self) -> bool:
+        """True for a matrix larger than one piece."""
+        return self.piece < self.n_rows * self.n_columns
+
+    def widening(self) -> int:
+        """Return the peak while a piece is widened, the widened piece included."""
+        if self.form is None:
+            return 0
+        numbers, itemsize = self.piece, self.kernels.itemsize
+        if self.form.kind == "int8":
+            return 2 * FLOAT * numbers
+        if self.kernels.native:
+            return itemsize * numbers
+        # Float32 numbers before and after their scales, the scales themselves, and the numbers in the dtype.
+        narrow = itemsize * numbers if itemsize < FLOAT else 0
+        return 2 * FLOAT * numbers + FLOAT * numbers // self.form.group_size + narrow
+
+    def forward(self, n_tokens: int, kept: bool = False) -> int:
+        """Return the scratch memory beside x [M, K] and y [M, N]; `kept` where autograd follows."""
+        if self.form is None:
+            return 0
+        itemsize = self.kernels.itemsize
+        y = n_tokens * self.n_rows * itemsize
+        if self.kernels.native and n_tokens <= FEW_ROWS and not kept:
+            return n_tokens * (self.n_rows + self.n_columns) * FLOAT if itemsize < FLOAT else 0
+        if self.in_pieces:
+            last = self.n_rows % (self.piece // self.n_columns) or self.piece // self.n_columns
+            # The parts of y are concatenated in the end.
+            return max(self.widening() - n_tokens * last * itemsize, self.piece * itemsize, y)
+        return max(self.widening() - y, self.piece * itemsize)
+
+    def backward(self, n_tokens: int) -> int:
+        """Return the scratch memory beside the gradients of y [M, N] and of x [M, K]."""
+        if self.form is None:
+            return 0
+        part = n_tokens * self.n_columns * self.kernels.itemsize
+        if self.in_pieces:
+            return max(self.widening(), part + self.piece * self.kernels.itemsize)
+        return max(self.widening() - part, self.piece * self.kernels.itemsize)
+
+
+# -- a pass ----------------------------------------------------------------------------------------
+
+
 def activation_bytes(
     partition: Partition, rank: int, work: Workload, kernels: Kernels, scheme: Scheme | None = None
 ) -> int:
-    """The peak of a run on `rank`: of a prefill pass of full prompts, or of choosing tokens."""
+    """Return the peak of a run on `rank`: of a prefill pass of full prompts, or of choosing tokens."""
     passes = [
         _Pass(partition, rank, work.n_rows, start, stop, kernels, work.prefix, scheme) for start, stop in work.passes()
     ]
@@ -164,7 +167,7 @@ def activation_bytes(
 
 
 def choosing_bytes(n_rows: int, output: Product) -> int:
-    """Logits [B, V'] and what sampling within a nucleus makes of them."""
+    """Return the peak of choosing tokens: logits [B, V'] and the tensors of sampling within a nucleus."""
     vocab, itemsize = output.n_rows, output.kernels.itemsize
     logits = n_rows * vocab * FLOAT
     narrow = n_rows * vocab * itemsize if itemsize < FLOAT else 0
@@ -189,8 +192,8 @@ class _Pass:
     ) -> None:
         args = partition.args
         self.n_rows, self.n_columns, self.n_seen, self.kernels = n_rows, stop - start, prefix + stop, kernels
-        self.second = start > 0  # a pass before it has left its output
-        self.later = prefix + start > 0  # it sees the cache through a mask
+        self.second = start > 0  # the output of an earlier pass is still held
+        self.later = prefix + start > 0  # the pass sees the cache through a mask
         self.n_tokens = n_rows * self.n_columns
         self.head_dim = args.head_dim
         self.n_heads = len(partition.heads[rank])
@@ -203,7 +206,7 @@ class _Pass:
         self.form = None if scheme is None else scheme.linears
 
     def peak(self) -> int:
-        """The most that is held at a time in a block, beyond it what the pass holds throughout."""
+        """Return the tensors that the pass holds throughout, and the peak of a block."""
         return self._throughout() + max(self._attention_half(), self._ffn_half())
 
     def _throughout(self) -> int:
@@ -212,38 +215,39 @@ class _Pass:
         if self.later:
             held += self.n_tokens * self.n_seen  # the mask
         if self.second:
-            held += PREFILL_TOKENS * self.stream // self.n_columns  # the output of the pass before
+            held += PREFILL_TOKENS * self.stream // self.n_columns  # the earlier pass's output
         return held
 
     def _wide(self, nbytes: int) -> int:
-        """A tensor's bytes in float32, to which 16-bit ones are copied."""
+        """Return a tensor's bytes in float32."""
         return nbytes * FLOAT // self.kernels.itemsize
 
     def _copy(self, nbytes: int) -> int:
+        """Return the bytes of a float32 copy, which only 16-bit tensors need."""
         return self._wide(nbytes) if self.kernels.itemsize < FLOAT else 0
 
     def _norm(self) -> int:
-        """RMSNorm of the stream: float32 copy, normed, back to the dtype, times the weight; or all in one pass."""
+        """RMSNorm of the stream: a float32 copy, normed, back in the dtype, times the weight; or one kernel."""
         if self.kernels.native:
             return self.stream
         narrowed = self.stream if self.kernels.itemsize < FLOAT else 0
         return self._copy(self.stream) + self._wide(self.stream) + narrowed + self.stream
 
     def _rope(self, projected: int) -> int:
-        """The projection, its float32 copy, that turned, and back in the dtype; or all of it in one pass."""
+        """RoPE of a projection: its float32 copy, rotated, and back in the dtype; or one kernel."""
         if self.kernels.native:
             return 2 * projected
         narrowed = projected if self.kernels.itemsize < FLOAT else 0
         return projected + self._copy(projected) + self._wide(projected) + narrowed
 
     def _product(self, entering: int, leaving: int) -> int:
-        """What a linear takes beyond its input and output, [N, K] and [N, N'] of so many bytes."""
+        """A linear's scratch memory; its input [N, K] and output [N, N'] have so many bytes."""
         width = self.n_tokens * self.kernels.itemsize
         product = Product(self.form, leaving // width, entering // width, self.kernels)
         return product.forward(self.n_tokens)
 
     def _attention_half(self) -> int:
-        """From the block's input to the sum over the ranks."""
+        """The peak of a block's attention, from the block's input to the sum over the ranks."""
         stream, query, key = self.stream, self.query, self.key
         inside = max(
             query + self._product(stream, query),
@@ -258,7 +262,7 @@ class _Pass:
         return stream + max(self._norm(), stream + inside)
 
     def _ffn_half(self) -> int:
-        """Behind the attention: the block's input, its sum with the attention and the first norm's output are held."""
+        """The peak of a block's FFN, where the block's input, its sum and the first norm's output are still held."""
         stream, ffn = self.stream, self.ffn
         inside = max(
             2 * ffn + self._product(stream, ffn),
@@ -267,7 +271,7 @@ class _Pass:
         return 3 * stream + max(self._norm(), stream + inside)
 
     def _attend(self) -> int:
-        """Output and inner tensors of scaled_dot_product_attention."""
+        """The output and inner tensors of scaled_dot_product_attention."""
         mask = self.n_tokens * self.n_seen * self.kernels.itemsize if self.later else 0
         if not self.kernels.fused:
             scores = self.n_rows * self.n_heads * self.n_columns * self.n_seen * self.kernels.itemsize
@@ -279,6 +283,7 @@ class _Pass:
         return self.query + sums + mask + self._tiles()
 
     def _tiles(self) -> int:
+        """The tiles of a CPU's attention, of each thread."""
         if not self.kernels.threads:
             return 0
         queries = next(size for least, size in QUERY_TILES if self.n_columns >= least)
@@ -287,7 +292,6 @@ class _Pass:
         packed = 0
         if self.kernels.itemsize < FLOAT:
             tile += (queries + self.head_dim) * keys * self.kernels.itemsize
-            packed = (
-                2 * self.key * self.n_seen // self.n_columns
-            )  # keys and values put in the order of the matrix units
+            # Keys and values in the order of the matrix units.
+            packed = 2 * self.key * self.n_seen // self.n_columns
         return self.kernels.threads * tile + packed

@@ -1,8 +1,7 @@
-"""The memory that is there: of the cards, of the host within its cgroup's limits, or as a person says."""
+"""Memory of the cards, of the host within its cgroup's limits, or as a person gives it."""
 
 from __future__ import annotations
 
-import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,9 +11,8 @@ import psutil
 import torch
 
 from llama.errors import LlamaError
+from llama.sizes import parse_bytes
 
-UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
@@ -24,10 +22,10 @@ class Pool:
     """Memory that one or several ranks draw on.
 
     Args:
-        name: the card or the machine.
-        nbytes: what is there for the model.
-        ranks: those that draw on it; a rank is named twice where two copies of the model run.
-        is_host: whether it is the main memory beside cards.
+        name: of the card or the machine.
+        nbytes: free for the model.
+        ranks: that draw on the pool; a rank is named twice where two copies of the model run.
+        is_host: true for the main memory beside cards.
     """
 
     name: str
@@ -38,13 +36,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Memory:
-    """The pools of a run, and how they are dealt out at any number of ranks.
+    """The pools of a run, dealt out to any number of ranks.
 
     Args:
         names, sizes: of the pools; sizes in bytes.
-        places: the pool of each process; processes beyond go on in turn.
-        grows: whether a further process brings a further pool, like the last (cards that a person
-            named), rather than sharing those that are there.
+        places: the pool of each process; further processes take the pools in turn.
+        grows: true where a further process brings a further pool like the last (cards that a person
+            named) rather than sharing the pools that are there.
         copies: of the model, each with ranks of its own.
     """
 
@@ -55,7 +53,7 @@ class Memory:
     copies: int = 1
 
     def pools(self, n_ranks: int) -> list[Pool]:
-        """Who draws on what when the model has `n_ranks`; pools without a rank are left out."""
+        """Return the pools with their ranks for a model on `n_ranks`; pools without a rank are left out."""
         ranks: dict[int, list[int]] = {}
         for process in range(n_ranks * self.copies):
             ranks.setdefault(self._place(process), []).append(process % n_ranks)
@@ -71,24 +69,11 @@ class Memory:
         return process if self.grows else process % len(self.sizes)
 
 
-def parse_bytes(text: str) -> int:
-    """A size such as `8GB` (1e9 bytes each), `8GiB` (2**30) or `8000MB`, in bytes.
-
-    Raises:
-        LlamaError: for anything else; a bare number is not a size.
-    """
-    match = SIZE.fullmatch(text.strip())
-    if not match or text.strip()[-1].isdigit() or float(match[1]) <= 0:
-        raise LlamaError(f"{text!r} is not a size above zero such as 8GB (1e9 bytes each), 8GiB or 8000MB")
-    power = UNITS[match[2].upper()]
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def given_memory(text: str, n_ranks: int) -> Memory:
-    """The memory that a person says each rank has: one size for all, or one a rank.
+    """Return the memory that a person gives: one size for all ranks, or one a rank.
 
     Raises:
-        LlamaError: for another number of sizes, or something that is none.
+        LlamaError: for another number of sizes, or a text that is no size.
     """
     sizes = [parse_bytes(part) for part in text.split(",")]
     if len(sizes) == 1:
@@ -99,10 +84,10 @@ def given_memory(text: str, n_ranks: int) -> Memory:
 
 
 def machine_memory(device: torch.device, n_started: int = 0) -> Memory:
-    """All cards of this machine, or its main memory; local ranks take the cards in turn.
+    """Return all cards of this machine, which local ranks take in turn, or its main memory.
 
     Args:
-        device: which of the two.
+        device: of the run.
         n_started: processes that will run besides this one; each takes some main memory before it holds a model.
     """
     if device.type != "cuda":
@@ -113,7 +98,7 @@ def machine_memory(device: torch.device, n_started: int = 0) -> Memory:
 
 
 def own_pool(device: torch.device) -> tuple[str, int]:
-    """A name of what this process draws on, the same for those that share it, and its bytes."""
+    """Return name and bytes of this process's memory; processes that share memory return the same name."""
     host = socket.gethostname()
     if device.type != "cuda":
         return host, host_bytes()
@@ -123,25 +108,28 @@ def own_pool(device: torch.device) -> tuple[str, int]:
 
 
 def joined_memory(pools: Sequence[tuple[str, int]], copies: int) -> Memory:
-    """The memory of a run from each process's `own_pool`; what is shared is as large as the least told of it."""
+    """Return the memory of a run from each process's `own_pool`.
+
+    Processes that share memory may measure it differently: the smallest size counts.
+    """
     names = list(dict.fromkeys(name for name, _ in pools))
     sizes = [min(size for other, size in pools if other == name) for name in names]
     return Memory(tuple(names), tuple(sizes), tuple(names.index(name) for name, _ in pools), copies=copies)
 
 
 def card_bytes(index: int) -> int:
-    """What a new tensor may take on a card: free bytes, and those that torch keeps for reuse here."""
+    """Return the bytes of a card that a new tensor may take: free ones, and those that torch keeps for reuse here."""
     free, _ = torch.cuda.mem_get_info(index)
     return free + torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
 
 
 def host_bytes() -> int:
-    """What is available of the host's main memory, and of what this process's cgroups leave."""
+    """Return the available bytes of main memory, within the limits of this process's cgroups."""
     return min([psutil.virtual_memory().available, *cgroup_rooms()])
 
 
 def cgroup_rooms(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Bytes left under each memory limit of this process's cgroup and those above it; empty without limits."""
+    """Return the bytes left under each memory limit of this process's cgroup and those above it."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
@@ -167,7 +155,10 @@ def cgroup_rooms(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
 
 
 def _room(folder: Path, limit: str, usage: str, cached: tuple[str, ...]) -> int | None:
-    """What one cgroup leaves; pages of files count as used, but are given up when memory is asked for."""
+    """Return the bytes that one cgroup leaves; None without a limit.
+
+    Pages of files count as used, but are given up when memory is asked for.
+    """
     try:
         allowed = int((folder / limit).read_text())  # "max" is no number: no limit
         used = int((folder / usage).read_text())

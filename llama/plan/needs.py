@@ -1,8 +1,7 @@
-"""What a run needs on every rank, item by item, and whether it is there.
+"""Needs of a run on every rank, item by item, beside the memory that is there.
 
-A `Plan` is made of `Item`s a rank, so that what training, quantization or offload add or change is another item
-or another size. Weights, cache and what is trained are exact; activations are those of
-`llama.plan.inference` and `llama.plan.training`.
+A `Plan` has a list of `Item`s a rank: training, quantization or offloading add an item or change its size. Weights,
+cache and trained state are exact; activations are those of `llama.plan.inference` and `llama.plan.training`.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from llama.plan.memory import Pool
 from llama.plan.training import Training, training_bytes
 from llama.quantization.scheme import Scheme
 
-# What must be held whatever is run; activations depend on how full the run is.
+# Items that a run holds however full it is, and those that depend on its prompts.
 LASTING = ("weights", "buffers", "KV cache", "offloaded")
 PASSING = ("activations", "temporaries")
 
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that takes memory on a rank, in bytes: of its device, or `in_host`, of the main memory beside."""
+    """One use of memory on a rank, in bytes: of its device, or with `in_host` of the main memory beside it."""
 
     name: str
     nbytes: int
@@ -36,27 +35,27 @@ class Item:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """All that one rank needs."""
+    """All needs of one rank."""
 
     rank: int
     items: tuple[Item, ...]
 
     def total(self, names: Sequence[str] | None = None, in_host: bool = False) -> int:
-        """Bytes of the items of these names, None for all, on the device or else in main memory."""
+        """Return the bytes of the items of these names, None for all, on the device or `in_host` in main memory."""
         named = (item for item in self.items if names is None or item.name in names)
         return sum(item.nbytes for item in named if item.in_host == in_host)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What may be chosen for a run.
+class Proposal:
+    """The choices of a run.
 
     Args:
         n_ranks: ranks of the model.
-        work: prompts at a time and tokens of each, or what is trained on.
+        work: prompts at a time and tokens of each, or a training step.
         dtype: of weights, cache and stream.
         tensor_split: weights of the ranks, as a person writes them; None for equal shards.
-        scheme: which weights are held as integers; None for none.
+        scheme: the weights that are held as integers; None for none.
         offload_layers: layers whose weights stay in main memory.
     """
 
@@ -70,40 +69,40 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the ranks need beside what is there."""
+    """The needs of the ranks and the memory that they draw on."""
 
-    setting: Setting
+    proposal: Proposal
     ranks: tuple[RankPlan, ...]
     pools: tuple[Pool, ...]
 
     def excess(self, pool: Pool, names: Sequence[str] | None = None) -> int:
-        """Bytes that the ranks of a pool need beyond what it has; below zero where there is room."""
+        """Return the bytes that the ranks of a pool need beyond its own; below zero where there is room."""
         return sum(self.ranks[rank].total(names, pool.is_host) for rank in pool.ranks) - pool.nbytes
 
     def fits(self, names: Sequence[str] | None = None) -> bool:
-        """Whether the items of these names (None: all) fit into every pool."""
+        """True where the items of these names, None for all, fit into every pool."""
         return all(self.excess(pool, names) <= 0 for pool in self.pools)
 
     def worst(self, names: Sequence[str] | None = None) -> Pool:
-        """The pool that lacks most, or has least to spare."""
+        """Return the pool that lacks most, or has least to spare."""
         return max(self.pools, key=lambda pool: self.excess(pool, names))
 
 
 def needed_items(
-    partition: Partition, rank: int, setting: Setting, kernels: Kernels, on_card: bool
+    partition: Partition, rank: int, proposal: Proposal, kernels: Kernels, on_card: bool
 ) -> tuple[Item, ...]:
-    """All that `rank` needs.
+    """Return all needs of `rank`.
 
     Args:
-        partition, rank: what it holds.
-        setting: what is run, and how.
+        partition, rank: of the shard.
+        proposal: of the run.
         kernels: of the device.
-        on_card: whether that has memory of its own, so that offloaded layers lie elsewhere.
+        on_card: true for a device with memory of its own, so that offloaded layers lie elsewhere.
     """
-    args, work, itemsize = partition.args, setting.work, setting.dtype.itemsize
-    weights = _weight_items(partition, rank, setting, on_card)
+    args, work, itemsize = partition.args, proposal.work, proposal.dtype.itemsize
+    weights = _weight_items(partition, rank, proposal, on_card)
     if isinstance(work, Training):
-        step = training_bytes(partition, rank, work, kernels, setting.scheme, setting.offload_layers)
+        step = training_bytes(partition, rank, work, kernels, proposal.scheme, proposal.offload_layers)
         names = ("trained state", *PASSING)
         return *weights, *map(Item, names, (step.trained, step.kept, step.temporaries))
     # A soft prompt is held once for all requests, and again at the start of each slot.
@@ -112,14 +111,14 @@ def needed_items(
     return (
         *weights,
         Item("KV cache", cache_bytes),
-        Item("activations", activation_bytes(partition, rank, work, kernels, setting.scheme)),
+        Item("activations", activation_bytes(partition, rank, work, kernels, proposal.scheme)),
     )
 
 
-def _weight_items(partition: Partition, rank: int, setting: Setting, on_card: bool) -> list[Item]:
-    """Weights on the device; with offload the buffers there, and what is in main memory."""
-    layer, outside = weight_bytes(partition, rank, setting.dtype, setting.scheme)
-    n_offloaded = setting.offload_layers
+def _weight_items(partition: Partition, rank: int, proposal: Proposal, on_card: bool) -> list[Item]:
+    """Return weights on the device; with offloading the buffers there, and the layers in main memory."""
+    layer, outside = weight_bytes(partition, rank, proposal.dtype, proposal.scheme)
+    n_offloaded = proposal.offload_layers
     piece = piece_bytes(layer)
     on_device = (partition.args.n_layers - n_offloaded) * sum(layer) + outside
     if not n_offloaded:
@@ -133,7 +132,7 @@ def _weight_items(partition: Partition, rank: int, setting: Setting, on_card: bo
 def weight_bytes(
     partition: Partition, rank: int, dtype: torch.dtype, scheme: Scheme | None = None
 ) -> tuple[list[int], int]:
-    """Of what `rank` holds: the bytes of each tensor of a layer, and of all that lies outside the layers."""
+    """Return the bytes of each tensor of a layer on `rank`, and of all tensors outside the layers."""
     layer, outside = parts(partition.args, scheme)
 
     def nbytes(spec: Spec) -> int:

@@ -1,7 +1,7 @@
-"""How much memory a training step takes beyond the frozen weights: what autograd keeps, added up.
+"""Memory of a training step beyond the frozen weights: the tensors that autograd keeps, added up.
 
-The weights are frozen, so a linear keeps nothing of its input for its backward, unless LoRA trains it; what is
-kept is what products of two activations, norms and attention need. This file follows `llama.model`, `llama.ops`,
+The weights are frozen, so a linear keeps nothing of its input for its backward, unless LoRA trains the linear; only
+products of two activations, norms and attention keep tensors. This file follows `llama.model`, `llama.ops`,
 `llama.finetuning.packing` and `llama.finetuning.loss` line by line, and a test counts what a step allocates.
 
 Shape legend: N computed tokens of a batch, T tokens of an example, P virtual tokens, M supervised places, S entries
@@ -27,9 +27,9 @@ from llama.quantization.scheme import OUTPUT, Scheme
 TRAINED_FLOATS = 4
 # Generator state of a CPU that torch's checkpointing sets aside for each block.
 RNG_STATE = 5056
-# What oneDNN lays out anew of a 16-bit matrix at a time, in each thread, and the tiles that it works in; as measured.
+# Bytes of a 16-bit matrix that oneDNN reorders at a time in each thread, and of its tiles; as measured.
 LAID_OUT, TILES = 4 << 20, 8 << 10
-# Sums over the ranks, [N, E], that the thread or stream which reduces may not have let go of yet.
+# Sums over the ranks, [N, E], that the reducing thread or stream may still hold.
 REDUCING = 4
 
 
@@ -42,11 +42,11 @@ class Training(Workload):
         n_virtual: virtual tokens of a soft prompt; 0 with LoRA.
         lora_r: rank of the updates.
         lora_targets: kinds of linears that LoRA updates, by Meta's names.
-        lora_dropout: whether LoRA leaves features out.
-        checkpointing: whether only the blocks' inputs are kept, and the rest is computed again.
-        copies: of the model, which share a batch out.
-        lengths: tokens of the longest examples, longest first, as many as `n_prompts`, where the data is known;
-            otherwise every example is taken to have `length`.
+        lora_dropout: true where LoRA leaves features out.
+        checkpointing: true where only the blocks' inputs are kept, and the rest is computed again.
+        copies: of the model, among which a batch is shared out.
+        lengths: tokens of the `n_prompts` longest examples, longest first; empty where the data is not known, so
+            that every example counts as `length` tokens.
     """
 
     method: str = "prompt"
@@ -62,19 +62,19 @@ class Training(Workload):
 
     @property
     def texts(self) -> tuple[int, ...]:
-        """Tokens that are computed for each example of the largest batch: the last of each is only ever a target."""
+        """Computed tokens of each example of the largest batch: an example's last token is only ever a target."""
         lengths = self.lengths[: self.n_prompts] or (self.length,) * self.n_prompts
         return tuple(min(length, self.length) - 1 for length in lengths)
 
     def words(self) -> str:
-        """Such as "8 examples of 512 tokens"; with `lengths`, of how many the longest have together."""
+        """Return such as "8 examples of 512 tokens"; with `lengths`, the tokens of the longest examples together."""
         examples = "1 example" if self.n_prompts == 1 else f"{self.n_prompts} examples"
         if not self.lengths:
             return f"{examples} of {self.length} tokens"
         return f"{examples} of {sum(self.texts) + len(self.texts)} tokens together"
 
     def flags(self) -> dict[str, object]:
-        """Flags of `ft_main.py`."""
+        """Return the flags of `ft_main.py` by name."""
         flags: dict[str, object] = {"method": self.method}
         if self.method == "prompt":
             flags["num_virtual_tokens"] = self.n_virtual
@@ -87,12 +87,12 @@ class Training(Workload):
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """What one rank needs for a training step beside its frozen weights.
+    """The memory of one rank's training step beside the frozen weights, in bytes.
 
     Args:
-        trained: what is trained in float32, its gradients and Adam's moments.
-        kept: for the backward, at its most.
-        temporaries: at the moment at which most is held.
+        trained: the trained numbers in float32, their gradients and Adam's moments.
+        kept: for the backward, at the moment of the peak.
+        temporaries: at the same moment.
     """
 
     trained: int
@@ -108,18 +108,21 @@ def training_bytes(
     scheme: Scheme | None = None,
     offload_layers: int = 0,
 ) -> TrainingBytes:
-    """What `rank` needs to train on full examples that share nothing but the soft prompt.
+    """Return the needs of `rank` for a step on full examples that share nothing but the soft prompt.
 
     Args:
         partition, rank, work, kernels: of the run.
-        scheme: which matrices are held as integers.
-        offload_layers: layers that are computed again in the backward, whatever `work` says.
+        scheme: the matrices that are held as integers.
+        offload_layers: layers that are computed again in the backward, with checkpointing or without.
     """
     return _Step(partition, rank, work, kernels, scheme, offload_layers).total()
 
 
 def _stretches(work: Training) -> list[tuple[int, int]]:
-    """T and S of the soft prompt and of each example, the largest first; a single example is one with the prompt."""
+    """Return T and S of the soft prompt and of each example, the largest first.
+
+    A single example and the soft prompt are one stretch.
+    """
     if len(work.texts) == 1:
         whole = work.n_virtual + work.texts[0]
         return [(whole, whole), (0, 0)]
@@ -128,7 +131,7 @@ def _stretches(work: Training) -> list[tuple[int, int]]:
 
 
 class _Step:
-    """Forward, loss and backward of a batch on one rank."""
+    """The forward, loss and backward of a batch on one rank."""
 
     def __init__(
         self,
@@ -163,14 +166,15 @@ class _Step:
         }  # fmt: skip
 
     def _row(self, width: int) -> int:
-        """[N, width] in the model's dtype."""
+        """Return the bytes of [N, width] in the model's dtype."""
         return self.n_tokens * width * self.itemsize
 
     def _wide(self, nbytes: int) -> int:
-        """The same tensor in float32 at least."""
+        """Return a tensor's bytes in float32, or in a wider dtype of the model."""
         return nbytes * max(FLOAT, self.itemsize) // self.itemsize
 
     def total(self) -> TrainingBytes:
+        """Return the needs at the end of the forward or within the last block's backward, whichever holds more."""
         block, last = self._block(), self._norm()
         throughout = self._throughout()
         blocks = len(self.again) * (self.stream + RNG_STATE) + (self.n_layers - len(self.again)) * block
@@ -187,7 +191,7 @@ class _Step:
         )
 
     def _trained(self) -> int:
-        """Numbers that are trained on this rank."""
+        """Return the count of numbers that are trained on this rank."""
         if self.work.method == "prompt":
             return self.work.n_virtual * self.dim
         return self.n_layers * self.work.lora_r * sum(sum(self.sizes[name]) for name in self.work.lora_targets)
@@ -195,12 +199,12 @@ class _Step:
     # -- kept for the backward -------------------------------------------------------------------------
 
     def _throughout(self) -> int:
-        """The batch itself: tokens, positions, targets, supervised places and weights; RoPE's table; the biases."""
+        """The batch: tokens, positions, targets, supervised places and weights; RoPE's table; the biases."""
         per_token = 5 * INDEX + 3 * FLOAT + self.head_dim * FLOAT  # a place's loss and norm among them
         return self.n_tokens * per_token + self._biases()
 
     def _biases(self) -> int:
-        """[Q / K * T, S] of each stretch, the same in every layer."""
+        """The masks [Q / K * T, S] of each stretch, the same in every layer."""
         return self.q // self.kv * sum(own * seen for own, seen in self.stretches) * self.itemsize
 
     def _norm(self) -> int:
@@ -208,6 +212,7 @@ class _Step:
         return self.stream + self.n_tokens * FLOAT
 
     def _block(self) -> int:
+        """All tensors that a block keeps."""
         # SwiGLU keeps both linears' outputs and the first one's activation.
         return 2 * self._norm() + self._attention() + 3 * self.width + self._lora()
 
@@ -216,7 +221,7 @@ class _Step:
         return self.queries + 2 * self.keys
 
     def _lora(self) -> int:
-        """The linears' inputs (with dropout each its own), what lies between A and B, and both in the dtype."""
+        """LoRA's inputs (with dropout, one for each linear), the products with A, and A and B in the dtype."""
         if self.work.method != "lora":
             return 0
         targets, itemsize = self.work.lora_targets, self.itemsize
@@ -231,7 +236,7 @@ class _Step:
         return self.n_tokens * (kept + between) + (narrow if self.narrow else 0)
 
     def _not_in_the_first_block(self) -> int:
-        """LoRA's gradient ends at the first linear that it updates: what lies before it keeps nothing."""
+        """The tensors before the first updated linear, which are not kept: LoRA's gradient ends there."""
         if self.work.method != "lora":
             return 0
         targets, kept = set(self.work.lora_targets), self._norm()
@@ -248,7 +253,7 @@ class _Step:
     # -- temporaries -----------------------------------------------------------------------------------
 
     def _at_the_end(self) -> int:
-        """The loss of all places but the first of each example, and the backward of the last norm."""
+        """The peak of the loss and of the last norm's backward; an example's first place is not supervised."""
         supervised = self.n_places * self.dim * self.itemsize  # [M, E]
         rows = min(self.n_places, self.loss_rows)
         # A piece's logits in float32, where they become slopes in place, and in the dtype; the slopes of [M, E].
@@ -260,28 +265,28 @@ class _Step:
         return max(loss, self._norm_backward())
 
     def _product(self, n_rows: int, n_columns: int, n_tokens: int, form: Form | None) -> int:
-        """What the backward of a product takes for itself, its input's gradient counted already."""
+        """The scratch memory of a product's backward; its input's gradient is counted already."""
         product = Product(form, n_rows, n_columns, self.kernels)
         return product.backward(n_tokens) + self._laid_out(product.piece if form else n_rows * n_columns)
 
     def _laid_out(self, entries: int) -> int:
-        """What a CPU's product with a 16-bit matrix of so many entries takes."""
+        """The scratch memory of a CPU's product with a 16-bit matrix of so many entries."""
         return self.threads * self.narrow * (min(entries * self.itemsize, LAID_OUT) + TILES)
 
     def _norm_backward(self) -> int:
-        """What comes in, the slope and its product with the input in float32, and the input if that is narrower."""
+        """The incoming gradient; in float32 its product with the weight, that with the input, and a narrow input."""
         return self.stream + (3 if self.narrow else 2) * self._wide(self.stream)
 
     def _within_a_block(self) -> int:
-        """The last block's backward beyond what a whole block keeps, next to the gradient that passes it by."""
+        """The peak of the last block's backward beside the tensors that it keeps and the residual's gradient."""
         freed = 3 * self.width
-        # What SwiGLU's product gets and gives; w2's, before it; its forward, of the last block or one computed again.
+        # SwiGLU's backward has three tensors; before it comes w2's backward, and before that w2's forward.
         down = self.width + self._product(self.dim, self.ffn, self.n_tokens, self.form)
         product = Product(self.form, self.dim, self.ffn, self.kernels)
-        # Both norms' outputs wait in their frames; a gradient waits only for what is computed again.
+        # Both norms' outputs wait in their frames; a gradient waits only where the block is computed again.
         waiting = 3 if self.n_layers - 1 in self.again else 2
         forward = waiting * self.stream + self.width + product.forward(self.n_tokens, kept=True)
-        # Of w1 and w3 both gradients are there; what SwiGLU kept is not any more.
+        # Both gradients of w1 and w3 are there; the tensors that SwiGLU kept are freed.
         up = self.stream + self._product(self.ffn, self.dim, self.n_tokens, self.form) - self.width
         feed_forward = max(3 * self.width, down, forward, up)
         norm = self._norm_backward() - freed
@@ -297,19 +302,20 @@ class _Step:
         return self.stream + max(feed_forward, norm, attention)
 
     def _attention_backward(self) -> int:
-        """Of `llama.finetuning.packing`: gradients of all tokens, and what the stretch at hand makes."""
-        # What comes in, the same by heads, and the queries' gradient; those of keys and values in float32.
+        """Attention's backward in `llama.finetuning.packing`: gradients of all tokens, and the stretch at hand."""
+        # The incoming gradient, its copy by heads and the queries' gradient; keys' and values' gradients in float32.
         throughout = 3 * self.queries + 2 * self._wide(self.keys)
         (own, seen), (own_before, seen_before) = self.stretches[:2]
-        # Queries and what comes in, the latter of the stretch before too: views without groups; keys and values.
+        # Copies of the queries and of the incoming gradient, and the earlier stretch's copy of the latter; without
+        # groups they are views. Copies of keys and values.
         copied = (2 * own + own_before) * self.q * (self.q > self.kv) + 2 * seen * self.kv
-        # The softmax, its gradient and that of the scores, while the last from the stretch before is still held.
+        # The softmax, its gradient and the scores' gradient, while the earlier stretch's scores' gradient is held.
         at_hand, before = (self.n_heads * entries for entries in (own * seen, own_before * seen_before))
         handed_back = self.queries + 2 * self.keys * self.narrow + 2 * at_hand * self.itemsize
         return throughout + copied * self.itemsize + max((3 * at_hand + before) * self.itemsize, handed_back)
 
     def _turn_backward(self) -> int:
-        """Of RoPE on the queries, next to the gradient that keys and values gave their input."""
+        """RoPE's backward on the queries, beside the gradient of the input from keys and values."""
         wide = self._wide(self.queries)
         turned = wide + (wide + self.queries) * self.narrow
         return self.stream + self.queries + self.n_tokens * self.head_dim * FLOAT + turned

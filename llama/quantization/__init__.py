@@ -1,1 +1,1 @@
-"""Quantization: which tensors are held as integers, the layers that hold them, and how roundings are chosen."""
+"""Quantization: schemes of tensors held as integers, layers that hold them, and the choice of roundings."""

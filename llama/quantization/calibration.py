@@ -1,8 +1,7 @@
-"""Calibration of one block at a time: what its linears read is summed up, and their roundings are chosen by it.
+"""Calibration of one block at a time: the roundings of its linears are chosen by sums over the linears' inputs.
 
 Two streams of hidden states run side by side, the original model's and the quantized one's. Each linear is quantized
-as soon as the quantized stream reaches it, so that everything behind it, in its block and in later ones, is
-calibrated on what it will really be given.
+as soon as the quantized stream reaches it, so that all later linears are calibrated on the inputs that they will have.
 
 Shape legend: B sequences, T tokens, E dim, N rows, K columns.
 """
@@ -33,22 +32,22 @@ TOGETHER = (
 
 
 def inputs_of(x: Tensor, original: Tensor, group_size: int) -> Inputs:
-    """What GPTQ wants to know of a layer's inputs.
+    """Return the sums over a layer's inputs that GPTQ needs.
 
     Args:
         x: inputs in the quantized model, [..., K].
-        original: inputs in the original one, in the same places, [..., K].
+        original: inputs in the original model, in the same places, [..., K].
         group_size: columns that share a scale.
 
     Raises:
-        QuantizationError: when they are not finite.
+        QuantizationError: for inputs that are not finite.
     """
     x, original = x.flatten(0, -2).to(torch.float32), original.flatten(0, -2).to(torch.float32)
     return Inputs.create(x.T @ x, group_size, (original - x).T @ x, len(x))
 
 
 def calibrated_matrix(rows: Tensor, form: Form, inputs: Inputs | None) -> Packed:
-    """Whole rows [N, K] as `form` holds them: int4 by GPTQ; int8 to the nearest, which costs next to nothing."""
+    """Quantize whole rows [N, K]: int4 by GPTQ, int8 to the nearest, which costs next to no accuracy."""
     if form.kind == "int8" or inputs is None:
         return quantize(rows, form)
     return gptq(rows, inputs)
@@ -57,19 +56,19 @@ def calibrated_matrix(rows: Tensor, form: Form, inputs: Inputs | None) -> Packed
 def calibrate_block(
     block: TransformerBlock, run: Callable[[Tensor], Tensor], original: Tensor, x: Tensor, form: Form
 ) -> tuple[dict[str, Packed], Tensor, Tensor]:
-    """Quantize a block's linears; its weights are left as what the integers stand for.
+    """Quantize a block's linears; the block's weights become the values of the integers.
 
     Args:
         block: with its weights in full precision.
-        run: the block, from its input to its output: [B, T, E] to [B, T, E].
+        run: the block's forward, [B, T, E] to [B, T, E].
         original, x: the block's inputs in the original and in the quantized model, [B, T, E].
         form: of the linears.
 
     Returns:
-        Packed integers and scales by the linears' names in the block, and the two streams behind it.
+        Packed integers and scales by the linears' names in the block, and the two streams after the block.
 
     Raises:
-        QuantizationError: when the text makes activations that are not finite.
+        QuantizationError: for activations that are not finite.
     """
     seen: dict[str, Tensor] = {}
     packed: dict[str, Packed] = {}
@@ -95,7 +94,7 @@ def calibrate_block(
 
 @contextmanager
 def _before(block: TransformerBlock, call: Callable[[tuple[str, ...], Tensor], None]) -> Iterator[None]:
-    """While it lasts, `call(names, input)` is made whenever linears that share an input are reached."""
+    """Call `call(names, input)` whenever linears that share an input are reached, while the context lasts."""
     handles: list[RemovableHandle] = []
     for names in TOGETHER:
 

@@ -1,7 +1,7 @@
-"""The sharded layers with their matrix held as integers; they replace those of a model by name.
+"""Sharded layers with their matrix held as integers, which replace a model's layers by name.
 
-Each holds `weight`, the packed integers, and `scales`; both are frozen parameters, so that loading,
-moving and counting bytes go on as with any other layer.
+Each holds `weight`, the packed integers, and `scales`. Both are frozen parameters, so that a layer is loaded,
+moved and counted like any other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llama.quantization.scheme import EMBEDDING, OUTPUT, Scheme
 
 
 class _Packed:
-    """What the three have in common: two parameters in place of one.
+    """The common part of the three layers: two parameters in place of one.
 
     Attributes:
-        form: how the matrix is held.
-        weight, scales: as `llama.kernels.formats` says, for this rank's part.
+        form: of the matrix.
+        weight, scales: of this rank's part, in the format of `llama.kernels.formats`.
     """
 
     form: Form
@@ -36,7 +36,7 @@ class _Packed:
         return self.weight.shape[0], self.weight.shape[1] * self.form.columns_per_byte
 
     def product(self, x: Tensor) -> Tensor:
-        """x [..., K] to [..., N]."""
+        """Return `x W^T`: x [..., K] to [..., N]."""
         return packed_linear(x, self.weight, self.scales)
 
 
@@ -54,7 +54,7 @@ class QuantizedVocabParallelEmbedding(_Packed, VocabParallelEmbedding):
     dtype: torch.dtype
 
     def lookup(self, local: Tensor) -> Tensor:
-        """[...] int64 to [..., embedding_dim]."""
+        """Return the vectors of ids: [...] int64 to [..., embedding_dim]."""
         rows = local.flatten()
         vectors = values(self.weight[rows], self.scales[rows], self.dtype)
         return vectors.view(*local.shape, -1)
@@ -71,7 +71,7 @@ def quantize_layers(model: Transformer, scheme: Scheme) -> None:
     """Replace the layers that `scheme` names by quantized ones, their integers uninitialised.
 
     Args:
-        model: of any device; on "meta" nothing is allocated in full precision.
+        model: on any device; on "meta" nothing is allocated in full precision.
 
     Raises:
         QuantizationError: when groups do not divide the model's rows.
@@ -89,11 +89,11 @@ def quantize_layers(model: Transformer, scheme: Scheme) -> None:
 
 
 def _quantized(layer: Any, form: Form) -> nn.Module:
-    """A layer of the same place and cut, whose parameters are integers and scales."""
+    """Return a layer of the same place and cut with integers and scales as parameters."""
     n_rows, n_columns = layer.weight.shape
     form.check_columns(n_columns, "a rank's shard")
     device, dtype = layer.weight.device, layer.weight.dtype
-    # The fields are the same; only the parameters and the class are others.
+    # Only the parameters and the class differ; the fields are copied.
     quantized = layer.__class__.__new__(_CLASSES[type(layer)])
     nn.Module.__init__(quantized)
     plain = {name: value for name, value in vars(layer).items() if name not in vars(quantized)}

@@ -1,4 +1,4 @@
-"""Which tensors of a model are held in which form."""
+"""Schemes of quantization: the form of each tensor, as the flags ask for it and as checkpoints store it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from llama.errors import QuantizationError
 from llama.kernels.formats import INT8, KINDS, Form
 
 NONE = "none"
+DEFAULT_GROUP_SIZE = 32
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model is quantized.
+    """The form of each tensor of a quantized model.
 
     Args:
         linears: form of the attention's and the FFN's matrices.
         output: of the output layer, and of the embedding where the two are one; None keeps it.
         embedding: of an embedding of its own; None keeps it.
-        calibrated: whether roundings were chosen on a text (GPTQ) rather than to the nearest.
+        calibrated: true where roundings were chosen on a text (GPTQ) rather than to the nearest.
     """
 
     linears: Form
@@ -34,15 +35,20 @@ class Scheme:
 
     @classmethod
     def create(
-        cls, kind: str, group_size: int = 32, output: str | None = None, embedding: str = NONE, calibrated: bool = False
+        cls,
+        kind: str,
+        group_size: int = DEFAULT_GROUP_SIZE,
+        output: str | None = None,
+        embedding: str = NONE,
+        calibrated: bool = False,
     ) -> Scheme:
-        """From what a person says.
+        """Return the scheme that a person asks for.
 
         Args:
             kind: "int8" or "int4".
             group_size: of int4's scales.
-            output: "int8", "int4" or "none" for the output layer; None for int8, which costs next to nothing.
-            embedding: the same for an embedding that is not the output layer.
+            output: "int8", "int4" or "none" for the output layer; None for int8, which costs next to no accuracy.
+            embedding: "int8", "int4" or "none" for an embedding that is not the output layer.
             calibrated: see the class.
 
         Raises:
@@ -63,7 +69,7 @@ class Scheme:
         )
 
     def form(self, name: str, args: ModelArgs) -> Form | None:
-        """Return how a matrix is held, by Meta's name; None where it is held as numbers."""
+        """Return the form of a matrix by Meta's name; None for a matrix of numbers."""
         if name == OUTPUT or (name == EMBEDDING and args.tied):
             return self.output
         if name == EMBEDDING:
@@ -72,19 +78,19 @@ class Scheme:
 
     @property
     def block(self) -> int | None:
-        """Columns of the FFN that must stay on one rank; None where it may be cut anywhere."""
+        """Columns of the FFN that must stay on one rank; None where the FFN may be cut anywhere."""
         return self.linears.group_size or None
 
     @property
     def group_size(self) -> int:
-        """Of whatever is int4; 0 where nothing is."""
+        """Numbers of an int4 form that share a scale; 0 where nothing is int4."""
         return max((form.group_size for form in (self.linears, self.output, self.embedding) if form), default=0)
 
     def check(self, args: ModelArgs) -> None:
-        """Whether every row of the model falls into whole groups, wherever attention may be cut.
+        """Refuse a model whose rows do not fall into whole groups, wherever attention may be cut.
 
         Raises:
-            QuantizationError: naming both numbers and what would fit.
+            QuantizationError: naming both numbers and a group size that would fit.
         """
         self.linears.check_columns(args.ffn_dim, "the FFN (w2)")
         self.linears.check_columns(args.n_heads * args.head_dim, "attention's output (wo)")
@@ -93,7 +99,7 @@ class Scheme:
                 form.check_columns(args.dim, "the model")
 
     def words(self) -> str:
-        """Such as "int4 in groups of 32, output int8"."""
+        """Return such as "int4 in groups of 32, output int8"."""
         parts = [_words(self.linears), f"output {_words(self.output)}"]
         if self.embedding is not None:
             parts.append(f"embedding {_words(self.embedding)}")
@@ -102,7 +108,7 @@ class Scheme:
         return ", ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """For `params.json`, under "quantization"."""
+        """Return the value of "quantization" in `params.json`."""
         return {
             "type": self.linears.kind,
             "group_size": self.group_size,
@@ -113,7 +119,7 @@ class Scheme:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Scheme:
-        """What `to_json` wrote.
+        """Return the scheme that `to_json` wrote.
 
         Raises:
             QuantizationError: for anything else.
@@ -122,7 +128,11 @@ class Scheme:
         if not isinstance(content, Mapping) or set(content) != keys:
             raise QuantizationError(f"params.json: quantization must be an object of {', '.join(sorted(keys))}")
         return cls.create(
-            content["type"], content["group_size"] or 32, content["output"], content["embedding"], content["calibrated"]
+            content["type"],
+            content["group_size"] or DEFAULT_GROUP_SIZE,
+            content["output"],
+            content["embedding"],
+            content["calibrated"],
         )
 
 
@@ -132,18 +142,20 @@ def _words(form: Form | None) -> str:
     return form.kind if not form.group_size else f"{form.kind} in groups of {form.group_size}"
 
 
-DEFAULT_GROUP_SIZE = 32
+# -- flags -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The flags `--quantize` and its kin; None where nothing was said.
+    """Integers in place of weights.
+
+    An embedding that is the output layer is held as the output layer is. The lines below are shown by `--help`.
 
     Args:
-        quantize: "int8" or "int4", of the linears.
-        group_size: of int4's scales: 32, 64 or 128; None for 32.
-        quantize_output: "int8", "int4" or "none", of the output layer; None for "int8".
-        quantize_embedding: the same of the embedding; None for "none". One that is the output layer follows that.
+        quantize: hold the weights as int8 or int4; by default as the checkpoint holds them.
+        group_size: weights that share a scale in int4: 32, 64 or 128; by default 32.
+        quantize_output: int8, int4 or none, for the output layer; by default int8.
+        quantize_embedding: int8, int4 or none, for an embedding that is not the output layer; by default none.
     """
 
     quantize: str | None = None
@@ -153,12 +165,12 @@ class Asked:
 
     @property
     def words(self) -> list[str]:
-        """The flags as a command line has them."""
+        """The flags that were given, as words of a command line."""
         return [word for name, value in vars(self).items() if value is not None for word in (f"--{name}", str(value))]
 
     @classmethod
     def of(cls, scheme: Scheme) -> Asked:
-        """The fewest flags that ask for a scheme."""
+        """Return the fewest flags that ask for a scheme."""
         held = scheme.to_json()
         size = held["group_size"] or DEFAULT_GROUP_SIZE
         return cls(
@@ -169,10 +181,10 @@ class Asked:
         )
 
     def scheme(self) -> Scheme | None:
-        """For a checkpoint that is not quantized.
+        """Return the scheme for a checkpoint that is not quantized; None to leave its weights as they are.
 
         Raises:
-            QuantizationError: for what does not exist, or has nothing to apply to.
+            QuantizationError: for a form that does not exist, or a flag that applies to nothing.
         """
         if self.quantize is None:
             if self.words:
@@ -185,7 +197,7 @@ class Asked:
         return scheme
 
     def contradicts(self, stored: Scheme) -> list[str]:
-        """The flags that ask for something else than `stored`."""
+        """Return the flags that ask for another scheme than `stored`."""
         held = stored.to_json()
         named = {
             "quantize": held["type"],
@@ -196,16 +208,16 @@ class Asked:
         return [f"--{name} {value}" for name, value in vars(self).items() if value not in (None, named[name])]
 
 
-def settle(asked: Scheme | Asked | str | None, stored: Scheme | None, path: Path) -> Scheme | None:
-    """How a checkpoint's weights are going to be held.
+def choose_scheme(asked: Scheme | Asked | str | None, stored: Scheme | None, path: Path) -> Scheme | None:
+    """Return the scheme to run a checkpoint with; None for weights that are all numbers.
 
     Args:
-        asked: a word such as "int8" means the linears' kind and nothing else.
-        stored: how the checkpoint holds them; None where it is not quantized.
+        asked: a scheme, the flags, or the value of `--quantize` alone.
+        stored: the checkpoint's own scheme; None where it is not quantized.
         path: of the checkpoint, for messages.
 
     Raises:
-        QuantizationError: for what does not exist, or is not what is stored.
+        QuantizationError: for a scheme that does not exist, or another than the stored one.
     """
     if isinstance(asked, Scheme):
         if stored is None or dataclasses.replace(asked, calibrated=stored.calibrated) == stored:

@@ -1,4 +1,4 @@
-"""Tokenizers of every Llama, told apart by what a file contains, never by its name."""
+"""Tokenizers of every Llama, told apart by the content of a file, never by its name."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             `original/tokenizer.model`, looked for in this order.
 
     Raises:
-        TokenizerError: nothing is there, or what is there is empty, damaged, or of none of the three kinds.
+        TokenizerError: for no file, or one that is empty, damaged, or of none of the three kinds.
     """
     file = locate_tokenizer(Path(path))
     content = _read(file)
@@ -54,11 +54,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 
 def find_tokenizer(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.PathLike[str] | None = None) -> Path:
-    """The tokenizer's file or folder: what was named, or beside the weights, or one folder up.
+    """Return the tokenizer's file or folder: the path that was named, else beside the weights or one folder up.
 
     Args:
         ckpt_dir: the checkpoint's folder, or its file where it is a single one.
-        tokenizer_path: what was named, if anything.
+        tokenizer_path: the path that was named; None to look for one.
 
     Raises:
         TokenizerError: when there is none.
@@ -76,7 +76,7 @@ def find_tokenizer(ckpt_dir: str | os.PathLike[str], tokenizer_path: str | os.Pa
 
 
 def locate_tokenizer(path: Path) -> Path:
-    """The tokenizer's file for a file or a folder.
+    """Return the tokenizer's file: the path itself, or a file of the folder at `path`.
 
     Raises:
         TokenizerError: when a folder has none.
@@ -108,7 +108,7 @@ def _read(file: Path) -> bytes:
 
 
 def _is_hf(content: bytes, file: Path) -> bool:
-    """Whether JSON-looking content is a `tokenizer.json`; False too for what only looks like JSON."""
+    """True for the content of a `tokenizer.json`; False for a protobuf that begins like JSON."""
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
@@ -123,7 +123,7 @@ def _is_hf(content: bytes, file: Path) -> bool:
 
 
 def _refuse_lookalikes(content: bytes, file: Path) -> None:
-    """Name what downloads leave in a tokenizer's place, with the way out."""
+    """Refuse files that failed downloads leave in a tokenizer's place, with the way out."""
     head = content[:512].lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         raise TokenizerError(

@@ -1,8 +1,8 @@
-"""What every tokenizer of ours can do, and how text is streamed token by token.
+"""The interface of all tokenizers, and streams that decode token by token.
 
-The three kinds (`spm`, `bpe`, `hf`) differ in how text becomes ids. What ids become is one of two things:
-raw bytes that are joined and read as UTF-8 (`ByteStream`), or SentencePiece pieces with its rules for
-leading blanks and byte fallback (`PieceStream`).
+The three kinds (`spm`, `bpe`, `hf`) encode text in different ways, and decode in one of two: ids become raw bytes that
+are joined and read as UTF-8 (`ByteStream`), or pieces with SentencePiece's rules for leading blanks and byte fallback
+(`PieceStream`).
 """
 
 import codecs
@@ -14,6 +14,10 @@ from llama.tokenizer.vocabulary import Vocabulary
 
 SPACE_MARK = "▁"  # U+2581, SentencePiece's spelling of a blank
 
+# A vocabulary that has these ends generation at each of them. Hugging Face's EOS of a Llama 3 chat model is <|eot_id|>
+# alone, which would let a base model's continuation run past <|end_of_text|>.
+LLAMA_3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
 # A vocabulary entry as `PieceStream` reads it: text with blanks as SPACE_MARK; one raw byte (byte
 # fallback); or None for a control token, which is silent.
 Piece = str | bytes | None
@@ -22,22 +26,22 @@ Piece = str | bytes | None
 class TextStream(ABC):
     """The text of a sequence of ids, token by token.
 
-    What `push` and `flush` return, joined, is `Tokenizer.decode` of all the ids pushed. A character whose
-    bytes are spread over several tokens is held back until it is whole, so no half of one is ever returned.
-    The cost of a `push` does not grow with the number of ids pushed before.
+    The texts that `push` and `flush` return, joined, are `Tokenizer.decode` of all the ids pushed. A character whose
+    bytes are spread over several tokens is held back until it is whole. A `push` costs the same however many ids were
+    pushed before.
     """
 
     @abstractmethod
     def push(self, token_id: int) -> str:
-        """Take the next id; return the text that has become certain, often but not always non-empty."""
+        """Decode the next id; return the text that no later id can change, which may be empty."""
 
     @abstractmethod
     def flush(self) -> str:
-        """Return what was held back (an unfinished character becomes U+FFFD). Nothing is pushed after."""
+        """Return the text held back, an unfinished character as U+FFFD. No id may be pushed afterwards."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back; a vocabulary with its special tokens.
+    """A tokenizer: text to ids and back, and the special tokens of its vocabulary.
 
     Attributes:
         kind: "sentencepiece", "tiktoken" or "hf".
@@ -83,7 +87,7 @@ class Tokenizer(ABC):
         return self._decode([self._checked(token_id) for token_id in ids])
 
     def token_text(self, token_id: int) -> str:
-        """Return what one token alone decodes to, as in Meta's `tokens` lists.
+        """Return the text of one token alone, as in Meta's `tokens` lists.
 
         A SentencePiece word loses its leading blank here, and a part of a character is U+FFFD.
 
@@ -98,7 +102,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def vocabulary(self) -> Vocabulary:
-        """Return every token with what it is and how tokens merge, for a program with code of its own.
+        """Return all tokens with their kinds and merges, for programs with tokenizers of their own.
 
         Raises:
             TokenizerError: this tokenizer cuts text in a way that llama.cpp's kinds cannot express.
@@ -143,7 +147,7 @@ class PieceStream(TextStream):
 
     Args:
         pieces: id to its piece; a SPACE_MARK in the text is a blank.
-        strippable: how many pieces may lose one leading blank before the first text appears: 1 where
+        strippable: pieces that may lose one leading blank before the first text appears: 1 where
             encoding adds a blank in front (the Llamas), 0 where it does not, -1 for no limit.
     """
 
@@ -179,7 +183,7 @@ class PieceStream(TextStream):
         return piece.replace(SPACE_MARK, " ")
 
     def _take_characters(self, final: bool) -> str:
-        """Take from the tail what no further byte can change; all of it where none will come."""
+        """Remove from the tail, and return, the characters that no further byte can change; with `final` all."""
         text = ""
         while self._tail:
             need = _sequence_length(self._tail[0])
@@ -195,7 +199,7 @@ class PieceStream(TextStream):
 
 
 def _sequence_length(lead: int) -> int:
-    """Return how many bytes the UTF-8 character that starts with `lead` takes; 1 if none starts so."""
+    """Return the bytes of the UTF-8 character that starts with `lead`; 1 if no character starts so."""
     if 0xC2 <= lead <= 0xDF:
         return 2
     if 0xE0 <= lead <= 0xEF:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import tiktoken
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import ByteStream, TextStream, Tokenizer
-from llama.tokenizer.vocabulary import Kind, Vocabulary, merges_of_ranks, spell
+from llama.tokenizer.base import LLAMA_3_STOPS, ByteStream, TextStream, Tokenizer
+from llama.tokenizer.vocabulary import Kind, Vocabulary, all_merges, spell
 
 SPLIT_PATTERN = "|".join(
     [
@@ -45,10 +45,9 @@ _NAMED = [
 ]
 # In the order of their ids, which start where the ranks end.
 SPECIAL_TOKENS = [*_NAMED, *(f"<|reserved_special_token_{i + 2}|>" for i in range(N_SPECIAL - len(_NAMED)))]
-STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
-# tiktoken's regex engine panics on longer texts and on longer runs, so Meta cuts them here. Where a cut
-# falls decides the ids, hence the same numbers and the same order: blocks first, runs within a block.
+# tiktoken's regex engine panics on longer texts and on longer runs, so Meta cuts them here. The place of a cut
+# decides the ids, hence the same numbers and the same order: blocks first, runs within a block.
 MAX_BLOCK_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
@@ -82,7 +81,7 @@ class TiktokenTokenizer(Tokenizer):
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = self.special_tokens["<|finetune_right_pad_id|>"]
-        self.stop_tokens = frozenset(self.special_tokens[name] for name in STOP_NAMES)
+        self.stop_tokens = frozenset(self.special_tokens[name] for name in LLAMA_3_STOPS)
 
     def text_stream(self) -> TextStream:
         """See `Tokenizer.text_stream`."""
@@ -96,7 +95,7 @@ class TiktokenTokenizer(Tokenizer):
             family="bpe",
             tokens=[*plain, *self.special_tokens],
             kinds=[Kind.NORMAL] * len(plain) + [Kind.CONTROL] * len(self.special_tokens),
-            merges=merges_of_ranks(self._ranks),
+            merges=[f"{spell(left)} {spell(right)}" for left, right in all_merges(self._ranks, self._ranks)],
             pattern="llama3",
         )
 

@@ -1,8 +1,7 @@
-"""Write a tokenizer as Hugging Face's `tokenizer.json`, from SentencePiece models and tiktoken ranks.
+"""Tokenizers written as Hugging Face's `tokenizer.json`, from SentencePiece models and tiktoken ranks.
 
-Only the `tokenizers` library is needed. Merges are recovered from the vocabulary, as transformers'
-convert_slow_tokenizer.py does: a piece may come from any two pieces that it is made of. What comes out is held
-against the original on awkward texts before it is written.
+Only the `tokenizers` library is needed. Merges are recovered from the vocabulary, as in transformers'
+convert_slow_tokenizer.py. The new tokenizer is compared with the original on awkward texts before it is written.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from llama.errors import TokenizerError
 from llama.tokenizer import Tokenizer, load_tokenizer
 from llama.tokenizer.base import SPACE_MARK
 from llama.tokenizer.bpe import SPLIT_PATTERN, read_ranks
-from llama.tokenizer.vocabulary import BYTE_OF
+from llama.tokenizer.vocabulary import all_merges, spell
 
 # Texts on which tokenizers that are nearly the same differ.
 PROBES = (
@@ -62,7 +61,7 @@ def write_hf_tokenizer(file: Path, folder: Path) -> None:
 
 
 def write_tokenizer_config(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer_config.json`, which has `AutoTokenizer` take the `tokenizer.json` beside it as it is."""
+    """Write `tokenizer_config.json`, which makes `AutoTokenizer` use the `tokenizer.json` beside it unchanged."""
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     config = {
         # LlamaTokenizer would build a pipeline of its own around the vocabulary.
@@ -87,7 +86,7 @@ def _from_sentencepiece(sp: sentencepiece.SentencePieceProcessor, ours: Tokenize
         if not (sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i))
     }
     model = models.BPE(
-        vocab=vocab, merges=_merges(vocab, mergeable), unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True,
+        vocab=vocab, merges=all_merges(mergeable, vocab), unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True,
         byte_fallback=any(sp.is_byte(i) for i in range(len(pieces))),
     )  # fmt: skip
     core = Core(model)
@@ -102,7 +101,7 @@ def _from_sentencepiece(sp: sentencepiece.SentencePieceProcessor, ours: Tokenize
 
 
 def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[Any]:
-    """What SentencePiece does to blanks before it looks for pieces."""
+    """Return the steps by which SentencePiece normalizes blanks before it looks for pieces."""
     steps: list[Any] = []
     if sp.normalize("a  b ").count(SPACE_MARK) == 1 + adds_blank:  # extra blanks are removed
         steps = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -112,9 +111,8 @@ def _blanks(sp: sentencepiece.SentencePieceProcessor, adds_blank: bool) -> list[
 
 
 def _from_ranks(ranks: Mapping[bytes, int], ours: Tokenizer) -> Core:
-    letters = {byte: letter for letter, byte in BYTE_OF.items()}
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
-    model = models.BPE(vocab=vocab, merges=_merges(vocab, vocab), fuse_unk=False)
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    model = models.BPE(vocab=vocab, merges=all_merges(vocab, vocab), fuse_unk=False)
     model.ignore_merges = True  # a word that is in the vocabulary is one token, however it came about
     core = Core(model)
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -127,18 +125,6 @@ def _from_ranks(ranks: Mapping[bytes, int], ours: Tokenizer) -> Core:
     in_order = sorted(ours.special_tokens, key=ours.special_tokens.__getitem__)
     core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in in_order])
     return core
-
-
-def _merges(vocab: Mapping[str, int], order: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the piece that is merged first in front."""
-    merges = []
-    for piece, place in order.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in order and right in order:
-                merges.append((place, vocab[left], vocab[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
 
 
 def _check_same(core: Core, ours: Tokenizer, file: Path) -> None:

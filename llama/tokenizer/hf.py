@@ -13,27 +13,24 @@ from typing import Any
 import tokenizers
 
 from llama.errors import TokenizerError
-from llama.tokenizer.base import ByteStream, Piece, PieceStream, TextStream, Tokenizer
+from llama.tokenizer.base import LLAMA_3_STOPS, ByteStream, Piece, PieceStream, TextStream, Tokenizer
 from llama.tokenizer.vocabulary import BYTE_OF, Vocabulary
 
 # Names to fall back on, by preference.
 _BOS_NAMES = ("<|begin_of_text|>", "<s>")
 _EOS_NAMES = ("<|end_of_text|>", "</s>", "<|eot_id|>")
 _PAD_NAMES = ("<|finetune_right_pad_id|>", "<pad>")
-# Where the vocabulary has these, generation always ends at them. Hugging Face's EOS of a Llama 3 chat
-# model is <|eot_id|> alone, which would let a base-model continuation run past <|end_of_text|>.
-_STOP_NAMES = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 _MARKUP = re.compile(r"<\|.*\|>")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_UNKNOWN_TEXT = " ⁇ "  # what SentencePiece writes for its unknown token
+_UNKNOWN_TEXT = " ⁇ "  # SentencePiece's text for its unknown token
 
 
 class HfTokenizer(Tokenizer):
     """A tokenizer read from `tokenizer.json` and the configuration files beside it.
 
     Text is decoded by Meta's rules for the vocabulary's family, so that a checkpoint answers the same
-    whichever of its tokenizer files is read: byte-level vocabularies spell their special tokens out,
+    with any of its tokenizer files: byte-level vocabularies spell their special tokens out,
     SentencePiece's leave control tokens out.
 
     Args:
@@ -60,7 +57,7 @@ class HfTokenizer(Tokenizer):
         self.eos_id = _required(settings.token_id("eos", _EOS_NAMES), "EOS", path)
         pad_id = settings.token_id("pad", _PAD_NAMES)
         self.pad_id = -1 if pad_id is None else pad_id
-        stops = {vocab[name] for name in _STOP_NAMES if name in vocab}
+        stops = {vocab[name] for name in LLAMA_3_STOPS if name in vocab}
         self.stop_tokens = frozenset({self.eos_id, *stops, *settings.listed_ids("eos")})
 
         _take_as_typed(core, {self.bos_id, self.eos_id, *self.stop_tokens})
@@ -159,7 +156,7 @@ def _take_as_typed(core: tokenizers.Tokenizer, structural: set[int]) -> None:
         if not token.special and (token_id in structural or _MARKUP.fullmatch(token.content))
     ]
     core.add_special_tokens(unflagged)
-    # Training settings that some files carry along would cut or fill up what is encoded.
+    # Training settings that some files carry along would cut or pad the ids.
     core.no_truncation()
     core.no_padding()
 
@@ -173,7 +170,7 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _strips_blank(steps: dict[str, dict[str, Any]]) -> bool:
-    """Whether the blank that encoding put in front of a text is taken off again."""
+    """True where decoding removes the blank that encoding put in front of a text."""
     if "Metaspace" in steps:
         step = steps["Metaspace"]
         return bool(step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True))

@@ -1,4 +1,4 @@
-"""What a Hugging Face `tokenizer.json` amounts to as a `Vocabulary`, where it amounts to one."""
+"""The `Vocabulary` of a Hugging Face `tokenizer.json`, where llama.cpp's kinds of tokenizer can express it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from llama.errors import TokenizerError
 from llama.tokenizer.base import SPACE_MARK
-from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, check_bytes
+from llama.tokenizer.vocabulary import UNUSED_SCORE, Kind, Vocabulary, check_bytes, halves
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 Step = Mapping[str, Any]
@@ -19,7 +19,7 @@ def vocabulary_of_json(spec: Step, byte_level: bool) -> Vocabulary:
 
     Args:
         spec: the content.
-        byte_level: whether its tokens are spelt in GPT-2's alphabet of bytes (Llama 3) or with U+2581
+        byte_level: true for tokens in GPT-2's alphabet of bytes (Llama 3), false for tokens with U+2581
             (Llama 1 and 2).
 
     Raises:
@@ -42,13 +42,13 @@ def _refusal(why: str) -> TokenizerError:
 
 
 def _halves(merge: str | Sequence[str]) -> tuple[str, str]:
-    """A merge in either spelling, "left right" or a pair."""
+    """Return the two tokens of a merge in either spelling, "left right" or a pair."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
 def _tokens(spec: Step) -> tuple[list[str], list[Kind]]:
-    """Every token by id and what it is; ids that nothing uses are filled up."""
+    """Return every token by id with its kind; unused ids get tokens of kind UNUSED."""
     vocab, unknown = spec["model"]["vocab"], spec["model"].get("unk_token")
     added = {token["id"]: token for token in spec.get("added_tokens") or []}
     by_id = {number: token for token, number in vocab.items()} | {i: token["content"] for i, token in added.items()}
@@ -70,7 +70,7 @@ def _tokens(spec: Step) -> tuple[list[str], list[Kind]]:
 
 
 def _steps(step: Step | None) -> Iterator[Step]:
-    """The steps of a normalizer or pre-tokenizer, sequences taken apart."""
+    """Yield the steps of a normalizer or pre-tokenizer, sequences taken apart."""
     if step and step["type"] == "Sequence":
         for inner in step.get("normalizers") or step.get("pretokenizers") or []:
             yield from _steps(inner)
@@ -99,7 +99,7 @@ def _byte_level(spec: Step, tokens: list[str], kinds: list[Kind], merges: list[t
 
 
 def _pattern(steps: list[Step]) -> str:
-    """Name the rule that cuts text into words."""
+    """Return the name of the rule that cuts text into words."""
     from llama.tokenizer.bpe import SPLIT_PATTERN
 
     *before, last = steps or [{"type": "none"}]
@@ -136,7 +136,7 @@ def _sentencepiece(spec: Step, tokens: list[str], kinds: list[Kind], merges: lis
 
 
 def _places(merges: list[tuple[str, str]]) -> dict[str, int]:
-    """The place of every merged token in the order of merging: SentencePiece's score, negated.
+    """Return the place of every merged token in the order of merging: SentencePiece's score, negated.
 
     Raises:
         TokenizerError: a token's merges do not stand together, so that no single score says when.
@@ -153,17 +153,15 @@ def _places(merges: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def _check_all_cuts(normal: set[str], merges: list[tuple[str, str]]) -> None:
-    """SentencePiece joins any two tokens that spell a third: a file that lists only some of them differs."""
+    """Refuse a file that lists only some merges, where SentencePiece would join any two tokens that spell a third."""
     listed = {(left, right) for left, right in merges if left in normal and right in normal}
-    for token in normal:
-        for cut in range(1, len(token)):
-            halves = token[:cut], token[cut:]
-            if halves[0] in normal and halves[1] in normal and halves not in listed:
-                raise _refusal(f"{halves[0]!r} and {halves[1]!r} make a token that its merges do not make of them")
+    for left, right in (pair for token in normal for pair in halves(token, normal)):
+        if (left, right) not in listed:
+            raise _refusal(f"{left!r} and {right!r} make a token that its merges do not make of them")
 
 
 def _space_prefix(spec: Step) -> bool:
-    """Whether a blank goes in front of every text.
+    """Return True where a blank goes in front of every text.
 
     Raises:
         TokenizerError: text is rewritten or cut besides marking its blanks.

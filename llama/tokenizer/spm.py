@@ -61,7 +61,7 @@ class SentencePieceTokenizer(Tokenizer):
         return bytes([int(piece[3:5], 16)]) if sp.is_byte(token_id) else piece  # "<0x0A>"
 
     def _count_strippable(self) -> int:
-        """Ask the model how many leading blanks it drops; its settings have no accessor."""
+        """Return the number of leading blanks that decoding drops, by trying: the model's settings have no accessor."""
         blank = self._processor.piece_to_id(SPACE_MARK)
         if self._processor.is_unknown(blank):
             return 1

@@ -1,4 +1,4 @@
-"""Text files, and a long text as windows that a model reads one by one."""
+"""Text files, and windows of a long text that a model reads one by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from llama.errors import LlamaError
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text, or a `LlamaError` that names the file."""
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        LlamaError: when it cannot be read or is not UTF-8, naming the file.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -19,12 +23,12 @@ def read_text(path: Path) -> str:
 
 
 def windows(tokens: Sequence[int], bos_id: int, length: int) -> list[list[int]]:
-    """A text's tokens in order, in windows of `length` that begin with BOS; the last one may be shorter.
+    """Return a text's tokens in order, in windows of `length` that begin with BOS; the last window may be shorter.
 
     Args:
         tokens: of the text, without BOS.
-        bos_id: what each window begins with.
-        length: tokens of a window, BOS among them; 2 at least.
+        bos_id: the first token of each window.
+        length: tokens of a window, BOS included; 2 at least.
     """
     step = length - 1
     return [[bos_id, *tokens[first : first + step]] for first in range(0, len(tokens), step)]

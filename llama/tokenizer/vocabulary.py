@@ -1,22 +1,25 @@
-"""A tokenizer laid open: its tokens, what each is, and how they merge, for programs that bring their own code.
+"""Vocabularies: tokens with their kinds and merges, for programs with tokenizers of their own.
 
-Every tokenizer of ours gives one (`Tokenizer.vocabulary`); the GGUF export writes it.
+Every tokenizer of ours returns its vocabulary (`Tokenizer.vocabulary`), and the GGUF export writes it.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 from llama.errors import TokenizerError
 
 UNUSED_SCORE = -10000.0
 
+Token = TypeVar("Token", str, bytes)
+
 
 class Kind(IntEnum):
-    """What a token is; numbered as in SentencePiece's `ModelProto` and in GGUF."""
+    """The kinds of tokens, numbered as in SentencePiece's `ModelProto` and in GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -38,10 +41,10 @@ class Vocabulary:
         kinds: of each token.
         scores: of each token; empty for bpe.
         merges: "left right", the first to be applied first; empty for spm.
-        pattern: for bpe, how text is cut into words: "llama3" or "gpt2".
-        space_prefix: whether a blank is put in front of every text.
+        pattern: for bpe, the rule that cuts text into words: "llama3" or "gpt2".
+        space_prefix: true where a blank is put in front of every text.
         unk_id: the unknown token, or -1.
-        remarks: where a program that knows only these fields would cut text otherwise.
+        remarks: cases in which a program that knows only these fields would cut text otherwise.
     """
 
     family: str
@@ -53,6 +56,36 @@ class Vocabulary:
     space_prefix: bool = False
     unk_id: int = -1
     remarks: Sequence[str] = ()
+
+
+# -- merges ----------------------------------------------------------------------------------------
+
+
+def all_merges(order: Mapping[Token, float], ids: Mapping[Token, int]) -> list[tuple[Token, Token]]:
+    """Return every pair of tokens that spells a third, in the order in which pairs merge.
+
+    tiktoken and SentencePiece join whichever neighbours spell the token that comes first. So every way to cut a token
+    into two tokens is a merge at the token's place, not only the one that its training took.
+
+    Args:
+        order: the place of each token that merges are made of: its rank, or its score negated.
+        ids: of the tokens; pairs of one place come in the order of their ids.
+    """
+    found = [
+        (place, ids[left], ids[right], left, right)
+        for token, place in order.items()
+        for left, right in halves(token, order)
+    ]
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def halves(token: Token, known: Container[Token]) -> Iterator[tuple[Token, Token]]:
+    """Yield the ways to cut a token into two known ones."""
+    for cut in range(1, len(token)):
+        left, right = token[:cut], token[cut:]
+        if left in known and right in known:
+            yield left, right
 
 
 # -- byte-level ------------------------------------------------------------------------------------
@@ -70,25 +103,8 @@ _SPELLING = {byte: character for character, byte in BYTE_OF.items()}
 
 
 def spell(token: bytes) -> str:
-    """A token's bytes in GPT-2's alphabet."""
+    """Return a token's bytes in GPT-2's alphabet."""
     return "".join(_SPELLING[byte] for byte in token)
-
-
-def merges_of_ranks(ranks: Mapping[bytes, int]) -> list[str]:
-    """The merges that act as tiktoken's ranks do.
-
-    tiktoken joins whichever neighbours spell the token of the lowest rank. So every way to cut a token
-    into two tokens is a merge, all of them at the token's place: not only the one that its training took.
-
-    Args:
-        ranks: token bytes to rank.
-    """
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [(ranks[left], ranks[right], left, right) for left, right in halves if left in ranks and right in ranks]
-        merges += [f"{spell(left)} {spell(right)}" for _, _, left, right in sorted(known)]
-    return merges
 
 
 # -- SentencePiece ---------------------------------------------------------------------------------
@@ -148,7 +164,7 @@ def _remarks(trainer: Mapping[int, object], normalizer: Mapping[int, object], ki
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of every field of a protobuf message: whole numbers, or bytes for anything else."""
+    """Yield number and value of every field of a protobuf message: a whole number, or bytes for anything else."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)

@@ -41,7 +41,8 @@ from llama.generation.sampling import Sampling
 from llama.generation.tasks import check_writable
 from llama.model import Transformer
 from llama.parallel.partition import Partition
-from llama.plan.advice import NAMES, show_bytes
+from llama.plan.words import NAMES
+from llama.sizes import show_bytes
 from scripts.bench.counters import Calls, alone, empty_shard
 from scripts.bench.limits import Limits, Link, collective_seconds, parse_links
 from scripts.bench.report import PALETTE, Report, beginning, beginning_lines, panels, parse_sizes, write_report

@@ -30,7 +30,7 @@ from llama.device import DTYPES, choose_dtype, set_threads
 from llama.errors import LlamaError
 from llama.generation.steps import choose_mode
 from llama.generation.tasks import check_writable
-from llama.plan.advice import NAMES
+from llama.plan.words import NAMES
 from scripts.bench.comparison import (
     SCALING_BATCH,
     Comparison,

@@ -31,7 +31,7 @@ BATCH_TOKENS, CONTEXT_STEP = 2048, 256
 
 
 def available() -> bool:
-    """Whether the packages are installed."""
+    """Return True where both packages are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 

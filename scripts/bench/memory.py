@@ -36,10 +36,12 @@ from llama.kernels.products import enable
 from llama.model import Transformer
 from llama.parallel.groups import Ranks
 from llama.parallel.partition import FFN_BLOCK, Partition
-from llama.plan.advice import GB, Planner, Setting
+from llama.plan.advice import Planner
 from llama.plan.inference import Workload
 from llama.plan.memory import Memory
+from llama.plan.needs import Proposal
 from llama.quantization.scheme import Scheme
+from llama.sizes import GB
 from scripts.bench.counters import alone, empty_shard, held_bytes, peaks
 from scripts.bench.memory_report import draw, table
 from scripts.bench.report import Report, beginning, write_report
@@ -123,7 +125,7 @@ def distinct_ranks(partition: Partition) -> list[int]:
 def planned_bytes(args: ModelArgs, case: MemoryCase, tokens: int, scheme: Scheme | None) -> int:
     """Return the bytes that the plan expects on the fullest rank."""
     planner = Planner(args, "cpu", Memory(("a rank",), (0,), grows=True))
-    plan = planner.plan(Setting(case.world_size, Workload(case.batch_size, tokens), DTYPE, scheme=scheme))
+    plan = planner.plan(Proposal(case.world_size, Workload(case.batch_size, tokens), DTYPE, scheme=scheme))
     return max(rank.total() for rank in plan.ranks)
 
 

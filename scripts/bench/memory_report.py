@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llama.plan.advice import GB, show_bytes
+from llama.sizes import GB, show_bytes
 from scripts.bench.report import PALETTE, Report, beginning_lines, panels
 
 COLUMNS = ("weights", "cache", "prefill", "decode", "total")

@@ -30,7 +30,7 @@ from llama.device import choose_dtype, set_threads
 from llama.env import notice
 from llama.errors import LlamaError
 from llama.generation.tasks import check_writable
-from llama.plan.advice import NAMES
+from llama.plan.words import NAMES
 from llama.tokenizer import load_tokenizer
 from scripts.bench.peers import Running, choose_bench_device
 from scripts.bench.report import parse_sizes, write_report

@@ -22,7 +22,7 @@ from llama.config import ModelArgs
 from llama.config import geometry as published_geometry
 from llama.env import notice
 from llama.errors import LlamaError
-from llama.plan.advice import NAMES
+from llama.plan.words import NAMES
 
 DTYPE = torch.bfloat16  # the 16 bit that memory and collectives are counted in
 PIECE_ELEMENTS = 16 << 20

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import web as internet
 from web import Web, break_off, status
 
-from llama.download import checklist, models, presigned, transfer
+from llama.download import checklist, models, presigned
 from llama.download.presigned import Link
 from llama.download.transfer import Patience
 from llama.errors import CheckpointError, DownloadError, LlamaError
@@ -125,8 +126,8 @@ def test_a_list_of_another_model_is_refused(web: Web, tmp_path: Path) -> None:
 
 
 def test_the_disk_is_asked_first(web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = transfer.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: usage._replace(free=149_500))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=149_500))
     assert "0.00 GB free" in fails(web, tmp_path)
     assert names(tmp_path) == set()
     (tmp_path / "consolidated.00.pth").write_bytes(SHARDS["consolidated.00.pth"])

@@ -30,11 +30,12 @@ from launch import run_forked
 from support import LLAMA3_ROPE, hf_model, meta_state, sp_twin, write_hf, write_meta
 
 from llama import Llama, load_tokenizer
-from llama.chat import Dialog, chat_format
+from llama.chat import Dialog
 from llama.checkpoint import rows
+from llama.checkpoint.convert import convert
 from llama.checkpoint.source import open_checkpoint
 from llama.checkpoint.table import specs
-from llama.data.templates import PlainFormat
+from llama.data.templates import FORMATS
 from llama.errors import LlamaError
 from llama.export import gguf as export
 from llama.export.gguf import TYPES
@@ -188,6 +189,20 @@ def expected_values(weight: torch.Tensor, type_name: str) -> torch.Tensor:
     scale = largest.abs() / 127 if type_name == "Q8_0" else largest / -8
     levels = (blocks / scale).round() if type_name == "Q8_0" else ((blocks / scale) + 8.5).floor().clamp(0, 15) - 8
     return (levels * scale.half().double()).reshape(weight.shape).float()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "tokens"),
+    [("1", "meta", 2048), ("linear", "meta", 16384), ("3", "meta", 8192), ("3.1", "meta", 1024), ("3.1", "hf", 512)],
+)
+def test_the_context_is_stated_or_that_of_the_geometry(tmp_path: Path, name: str, layout: str, tokens: int) -> None:
+    folder = write_model(tmp_path / "model", name, layout)
+    exported = quiet_export(folder, tmp_path / "out.gguf")
+    assert gguf.GGUFReader(exported).get_field("llama.context_length").contents() == tokens
+    # The same is written for Hugging Face, and stays with the model whatever it goes through.
+    single = convert(convert(folder, "hf", tmp_path / "hf"), "single", tmp_path / "single" / "model.pth")
+    config = json.loads((convert(single, "hf", tmp_path / "back") / "config.json").read_text())
+    assert config["max_position_embeddings"] == tokens
 
 
 @pytest.mark.parametrize("type_name", TYPES)
@@ -400,7 +415,11 @@ def test_the_chat_template_says_what_our_format_says(
     bos, eos = ("<|begin_of_text|>", "<|end_of_text|>") if name == "llama3" else ("<s>", "</s>")
     text = template.render(messages=dialog, bos_token=bos, eos_token=eos, add_generation_prompt=True)
     ids = model.tokenize(text.encode(), add_bos=False, special=True)
-    assert ids == (PlainFormat(tokenizer) if name == "plain" else chat_format(name, tokenizer)).encode(dialog)
+    assert ids == FORMATS[name](tokenizer).encode(dialog)
+
+
+def test_every_format_has_templates() -> None:
+    assert TEMPLATES.keys() == FORMATS.keys()
 
 
 def test_ids_and_modelfile(tmp_path: Path, open_gguf: Callable[..., Any]) -> None:

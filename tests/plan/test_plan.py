@@ -25,9 +25,11 @@ from llama.generation.tasks import Output, Tasks, expected_work
 from llama.parallel import groups
 from llama.parallel.partition import Partition
 from llama.plan import advice, memory
-from llama.plan.advice import Planner, Setting, change, command, table
+from llama.plan.advice import Planner
 from llama.plan.inference import Kernels, Workload, activation_bytes
-from llama.plan.memory import Memory, cgroup_rooms, given_memory, joined_memory, parse_bytes
+from llama.plan.memory import Memory, cgroup_rooms, given_memory, joined_memory
+from llama.plan.needs import Proposal
+from llama.plan.words import change, command, table
 
 pytestmark = pytest.mark.usefixtures("two_threads")
 
@@ -102,7 +104,7 @@ def test_weights_and_cache_are_those_of_a_loaded_model(
 ) -> None:
     checkpoint = open_checkpoint(write_meta(tmp_path, hf_model(generation)))
     work = Workload(3, 40, prefix=5)
-    plan = planner("1GB", world_size, checkpoint.args).plan(Setting(world_size, work, torch.float16, split))
+    plan = planner("1GB", world_size, checkpoint.args).plan(Proposal(world_size, work, torch.float16, split))
     partition = Partition.create(checkpoint.args, world_size, split)
     for rank in range(world_size):
         model = load_model(checkpoint, partition, groups.Ranks(rank, world_size), torch.float16)
@@ -113,7 +115,7 @@ def test_weights_and_cache_are_those_of_a_loaded_model(
 
 
 def test_llama_2_7b_by_hand() -> None:
-    plan = planner("24GB", 1).plan(Setting(1, Workload(32, 512), torch.float16))
+    plan = planner("24GB", 1).plan(Proposal(1, Workload(32, 512), torch.float16))
     assert plan.ranks[0].total(("weights",)) == 6_738_415_616 * 2
     assert plan.ranks[0].total(("KV cache",)) == 2 * 32 * 32 * 512 * 4096 * 2
     assert plan.fits()
@@ -136,21 +138,21 @@ def test_llama_2_7b_by_hand() -> None:
 )
 def test_what_is_advised_fits(name: str, sizes: str, n_ranks: int, work: Workload) -> None:
     ours = planner(sizes, n_ranks, geometry(name))
-    wanted = Setting(n_ranks, work, torch.float16)
+    wanted = Proposal(n_ranks, work, torch.float16)
     assert not ours.plan(wanted).fits()
     advised = ours.advise(wanted)
     assert advised
-    for setting in advised:
-        assert ours.plan(setting).fits()
-        assert change(setting, wanted)
+    for proposal in advised:
+        assert ours.plan(proposal).fits()
+        assert change(proposal, wanted)
 
 
 def test_unequal_cards_are_given_unequal_shards() -> None:
-    wanted = Setting(4, Workload(4, 512), torch.float16)
+    wanted = Proposal(4, Workload(4, 512), torch.float16)
     ours = planner("4GB,4GB,12GB,12GB", 4, geometry("llama-2-13b"))
     advised = ours.advise(wanted)
     # A split is enough, so no other way comes with one.
-    assert [setting.tensor_split for setting in advised] == ["1,1,3,3", *[None] * (len(advised) - 1)]
+    assert [proposal.tensor_split for proposal in advised] == ["1,1,3,3", *[None] * (len(advised) - 1)]
     assert advised[0].work == wanted.work
     assert command(advised[0], "ckpts/13B", "fp16") == (
         "torchrun --nproc_per_node 4 example.py --ckpt_dir ckpts/13B --max_seq_len 512 --max_batch_size 4 "
@@ -160,34 +162,20 @@ def test_unequal_cards_are_given_unequal_shards() -> None:
 
 def test_a_largest_batch_is_the_largest() -> None:
     ours = planner("8GB,8GB", 2)
-    wanted = Setting(2, Workload(32, 512), torch.float16)
-    [smaller] = [setting for setting in ours.advise(wanted) if setting.work.n_prompts < 32]
+    wanted = Proposal(2, Workload(32, 512), torch.float16)
+    [smaller] = [proposal for proposal in ours.advise(wanted) if proposal.work.n_prompts < 32]
     one_more = Workload(smaller.work.n_prompts + 1, 512)
-    assert not ours.plan(Setting(2, one_more, torch.float16)).fits()
+    assert not ours.plan(Proposal(2, one_more, torch.float16)).fits()
 
 
 def test_more_ranks_do_not_help_where_they_share_the_memory() -> None:
     ours = Planner(geometry("llama-2-7b"), "cpu", Memory(("this machine",), (3 * 10**9,)))
-    wanted = Setting(2, Workload(1, 512), torch.float16)
+    wanted = Proposal(2, Workload(1, 512), torch.float16)
     assert ours.advise(wanted) == []
     assert "lacks" in table(ours.plan(wanted))
 
 
 # -- memory ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "nbytes"),
-    [("8GB", 8e9), ("8GiB", 8 * 2**30), ("8000MB", 8e9), ("1.5 gb", 1.5e9), ("24G", 24e9), ("512KiB", 2**19)],
-)
-def test_sizes(text: str, nbytes: float) -> None:
-    assert parse_bytes(text) == nbytes
-
-
-@pytest.mark.parametrize("text", ["8", "", "GB", "-8GB", "0GB", "8GBit", "8XB", "nan GB"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(LlamaError, match="is not a size"):
-        parse_bytes(text)
 
 
 def test_given_memory_is_for_all_or_one_a_rank() -> None:

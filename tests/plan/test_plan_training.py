@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import random
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from counting import frozen_shard
 from launch import run_forked
 
 from llama.adapters.lora import add_lora
+from llama.commands.plan import main
 from llama.config import ModelArgs, geometry
 from llama.data.examples import Example
 from llama.errors import LlamaError, UsageError
@@ -25,15 +24,18 @@ from llama.finetuning.prompt_tuning import SoftPrompt
 from llama.finetuning.settings import TrainSettings, workload
 from llama.finetuning.step import Stepper
 from llama.finetuning.trainer import checkpoint_blocks
+from llama.flags import arguments_of
 from llama.kernels import products
 from llama.model import Transformer
 from llama.parallel import groups
 from llama.parallel.partition import Partition
 from llama.plan import memory
-from llama.plan.advice import Planner, Setting, change, check_fit, command, table
+from llama.plan.advice import Planner, check_fit
 from llama.plan.inference import Kernels
 from llama.plan.memory import given_memory
+from llama.plan.needs import Proposal
 from llama.plan.training import TRAINED_FLOATS, Training, training_bytes
+from llama.plan.words import change, command, table
 from llama.quantization.scheme import Scheme
 from scripts.bench.counters import peak_bytes
 
@@ -267,37 +269,37 @@ FULL = Training(8, 512, method="prompt", n_virtual=32, lora_targets=())
 )
 def test_what_is_advised_fits(name: str, sizes: str, n_ranks: int, work: Training) -> None:
     ours = planner(name, sizes, n_ranks)
-    wanted = Setting(n_ranks, work, torch.bfloat16)
+    wanted = Proposal(n_ranks, work, torch.bfloat16)
     assert not ours.plan(wanted).fits()
     advised = ours.advise(wanted)
-    ways = [change(setting, wanted) for setting in advised]
+    ways = [change(proposal, wanted) for proposal in advised]
     assert any("--activation_checkpointing" in way for way in ways)
-    for setting in advised:
-        assert ours.plan(setting).fits()
-        assert change(setting, wanted)
-        assert setting.work.flags()["method"] == work.method
+    for proposal in advised:
+        assert ours.plan(proposal).fits()
+        assert change(proposal, wanted)
+        assert proposal.work.flags()["method"] == work.method
 
 
 def test_the_largest_batch_with_checkpointing() -> None:
-    ours, wanted = planner("llama-2-7b", "8GB", 2), Setting(2, FULL, torch.bfloat16)
-    [saving] = [setting for setting in ours.advise(wanted) if setting.work.flags()["activation_checkpointing"]]
+    ours, wanted = planner("llama-2-7b", "8GB", 2), Proposal(2, FULL, torch.bfloat16)
+    [saving] = [proposal for proposal in ours.advise(wanted) if proposal.work.flags()["activation_checkpointing"]]
     assert "--batch_size" in change(saving, wanted)
     one_more = dataclasses.replace(saving.work, n_prompts=saving.work.n_prompts + 1)
     assert not ours.plan(dataclasses.replace(saving, work=one_more)).fits()
 
 
 def test_commands_are_those_of_ft_main() -> None:
-    setting = Setting(2, changed(FULL, checkpointing=True, copies=2), torch.bfloat16)
-    assert command(setting, "ckpts/7B", "bf16") == (
+    proposal = Proposal(2, changed(FULL, checkpointing=True, copies=2), torch.bfloat16)
+    assert command(proposal, "ckpts/7B", "bf16") == (
         "torchrun --nproc_per_node 2 ft_main.py --ckpt_dir ckpts/7B --method prompt --num_virtual_tokens 32 "
         "--max_seq_len 512 --batch_size 16 --activation_checkpointing --dtype bf16"
     )
-    lora = Setting(1, Training(8, 512, method="lora"), torch.bfloat16)
+    lora = Proposal(1, Training(8, 512, method="lora"), torch.bfloat16)
     assert "--method lora --lora_r 8 --lora_targets wq,wv --lora_dropout 0 --max_seq_len 512" in command(lora, "DIR")
 
 
 def test_the_table_names_every_item() -> None:
-    first, *_ = table(planner("llama-2-7b", "80GB", 1).plan(Setting(1, FULL, torch.bfloat16))).splitlines()
+    first, *_ = table(planner("llama-2-7b", "80GB", 1).plan(Proposal(1, FULL, torch.bfloat16))).splitlines()
     assert first.split("  ")[-1] == "memory"
     assert [name for name in ("weights", "trained state", "activations", "temporaries") if name not in first] == []
 
@@ -336,16 +338,6 @@ def test_a_run_as_the_plan_sees_it() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def script(root: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_script", root / "scripts/plan.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow
 def test_the_command(root: Path) -> None:
     flags = "--model llama-2-7b --nproc 4 --memory 8GB --dtype bf16 --train lora --lora_targets all --batch_size 16"
@@ -371,6 +363,6 @@ def test_the_command(root: Path) -> None:
         ({"train": "prompt", "max_seq_len": 1}, "--max_seq_len must be 2 or more"),
     ],
 )
-def test_mistakes_are_named(script: ModuleType, flags: dict[str, Any], words: str) -> None:
+def test_mistakes_are_named(flags: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=re.escape(words)):
-        script.main(model="llama-2-7b", memory="8GB", **flags)
+        main(**arguments_of(main, {"model": "llama-2-7b", "memory": "8GB", **flags}))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama.errors import QuantizationError
-from llama.quantization.scheme import Asked, Scheme, settle
+from llama.quantization.scheme import Asked, Scheme, choose_scheme
 
 HERE = Path("ckpts/7B-int4")
 STORED = Scheme.create("int4", 64, calibrated=True)
@@ -24,7 +24,7 @@ STORED = Scheme.create("int4", 64, calibrated=True)
     ],
 )
 def test_without_anything_stored(asked: Asked | str | Scheme | None, scheme: Scheme | None) -> None:
-    assert settle(asked, None, HERE) == scheme
+    assert choose_scheme(asked, None, HERE) == scheme
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_without_anything_stored(asked: Asked | str | Scheme | None, scheme: Sch
     ],
 )  # fmt: skip
 def test_what_is_stored_may_be_asked_for(asked: Asked | str | Scheme | None) -> None:
-    assert settle(asked, STORED, HERE) == STORED
+    assert choose_scheme(asked, STORED, HERE) == STORED
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_anything_else_needs_the_original(asked: Asked | str | Scheme, words: st
     held = r"\(int4 in groups of 64, output int8, calibrated\)"
     expected = rf"ckpts/7B-int4 is quantized already {held}: {words} needs the original"
     with pytest.raises(QuantizationError, match=expected):
-        settle(asked, STORED, HERE)
+        choose_scheme(asked, STORED, HERE)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_anything_else_needs_the_original(asked: Asked | str | Scheme, words: st
 )
 def test_what_does_not_exist_is_named(asked: Asked | str, words: str) -> None:
     with pytest.raises(QuantizationError, match=words):
-        settle(asked, None, HERE)
+        choose_scheme(asked, None, HERE)
 
 
 def test_words_are_those_of_a_command_line() -> None:
