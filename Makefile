@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NPROC ?= 2
+# Processes that run tests side by side; each of them starts ranks of its own.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: demo test check clean
+.PHONY: demo fast test check clean
 
 demo: $(VENV)/installed
 	$(BIN)/torchrun --nproc_per_node $(NPROC) example.py
 
+fast: $(VENV)/installed
+	$(PYTEST) -m "not slow and not gpu"
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

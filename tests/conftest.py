@@ -1,7 +1,9 @@
 """Fixtures that every test may use; the tools behind them stand in support.py and ranks.py."""
 
 import os
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ from ranks import RankPools
 from llama.kernels import products
 
 ROOT = Path(__file__).parent.parent
+# The number of this process among pytest's workers, which share the cores; None without workers.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+if WORKER is not None:
+    # Workers start torchrun at the same time: each of them has a port of its own in place of torchrun's default.
+    os.environ.setdefault("PET_MASTER_PORT", str(29500 + int(WORKER.removeprefix("gw"))))
 
 # The same examples in every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(
@@ -28,18 +35,58 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
+# Fixtures that start processes. A test that uses one of them is slow, except where its world size is 1.
+LAUNCHING = {"on_ranks", "pools", "tuned_tiny"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that need a card run only where one is."""
-    if torch.cuda.is_available():
-        return
+    """Skip tests that need a card where there is none, mark those that start ranks, and group them for the workers.
+
+    One worker runs all tests of a file, which share the fixtures of their module, and all users of `tuned_tiny`.
+    The files with most slow tests come first, so that the workers end at about the same time.
+    """
+    n_slow: dict[Path, int] = {}
     for item in items:
-        if "gpu" in item.keywords:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if fixtures & LAUNCHING and parameters.get("world_size") != 1:
+            item.add_marker("slow")
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        name = "tuned_tiny" if "tuned_tiny" in fixtures else item.path.relative_to(ROOT).as_posix()
+        item.add_marker(pytest.mark.xdist_group(name))
+        n_slow[item.path] = n_slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
+    if WORKER is not None:
+        items.sort(key=lambda item: -n_slow[item.path])
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """Let a test fail that starts a Python process and is not marked `slow`, so that `make fast` stays fast."""
+    start = subprocess.Popen.__init__
+
+    def refused(process: subprocess.Popen, args: Any, *others: Any, **options: Any) -> None:
+        words = [args] if isinstance(args, str) else map(str, args)
+        assert sys.executable not in words, "a test that starts a Python process needs pytest.mark.slow"
+        start(process, args, *others, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("slow") is None:
+            patch.setattr(subprocess.Popen, "__init__", refused)
+        return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Small tensors are slower on two threads than on one, and workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def two_threads(_one_thread: None) -> None:
+    """Kernels and plans of memory depend on the threads: their tests run on two of them."""
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)

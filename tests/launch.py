@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -18,6 +20,8 @@ import psutil
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "example.py"
 TIMEOUT_S = 300
+FORKED_TORCHRUN = Path(__file__).parent / "forked_torchrun.py"
+FORKED_TORCHRUN_WORKS = sys.platform == "linux"  # it names its ranks in /proc
 
 
 @dataclass(frozen=True)
@@ -66,16 +70,25 @@ class Command:
         words: the script's flags.
         ranks: of torchrun; None for plain python.
         script: what to run.
+        forked: whether the ranks are forks of torchrun, which start in a third of the time: for what a command does
+            once it runs. That it starts at all is for a plain one to show.
         options: of `subprocess.Popen`.
     """
 
     def __init__(
-        self, words: Sequence[object], ranks: int | None = None, script: Path = EXAMPLE, **options: object
+        self,
+        words: Sequence[object],
+        ranks: int | None = None,
+        script: Path = EXAMPLE,
+        forked: bool = False,
+        **options: object,
     ) -> None:
         launcher = [sys.executable]
+        self.forked = forked and ranks is not None and FORKED_TORCHRUN_WORKS
         if ranks is not None:
             # --standalone takes a free port: several commands may run at a time.
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            torchrun = [str(FORKED_TORCHRUN)] if self.forked else ["-m", "torch.distributed.run"]
+            launcher += [*torchrun, "--standalone", f"--nproc_per_node={ranks}"]
         self.ranks, self.seen = ranks, set[psutil.Process]()
         self.process = subprocess.Popen(
             [*launcher, str(script), *map(str, words)],
@@ -104,8 +117,8 @@ class Command:
         found = {}
         try:
             for child in psutil.Process(self.process.pid).children():
-                rank = child.environ().get("RANK")
-                if rank is not None:
+                rank = child.name().removeprefix("rank ") if self.forked else child.environ().get("RANK", "")
+                if rank.isdecimal():
                     found[int(rank)] = child
                     self.seen.add(child)
         except psutil.Error:
@@ -154,42 +167,69 @@ def run_command(
         return command.finish(stdin)
 
 
-# Runs every command in a fork of a process that has imported what the scripts import; stdin is empty.
+# Runs commands in forks of a process that has imported what their scripts import; stdin is empty. A line asks, and a
+# line answers.
 FORKING = """
-import json, os, runpy, sys, tempfile
-commands = json.load(sys.stdin)
-for script in dict.fromkeys(script for script, *_ in commands.values()):
-    sys.path.insert(0, os.path.dirname(script))
-    runpy.run_path(script, run_name="imported")
-outcomes = {}
-for name, words in commands.items():
-    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+import json, os, runpy, sys, tempfile, traceback
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+imported = set()
+
+def run(words, cwd, environment):
+    script, (out, err) = words[0], (tempfile.TemporaryFile(), tempfile.TemporaryFile())
+    sys.path[0] = os.path.dirname(script)
+    if script not in imported:
+        runpy.run_path(script, run_name="imported")
+        imported.add(script)
     child = os.fork()
     if not child:
-        os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+        sys.stdin = open(0)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(cwd)
         sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+        runpy.run_path(script, run_name="__main__")
         sys.exit()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     texts = []
     for file in (out, err):
         file.seek(0)
         texts.append(file.read().decode())
-    outcomes[name] = [code, *texts]
-print(json.dumps(outcomes))
+    return [code, *texts]
+
+while line := sys.stdin.readline():
+    asked = json.loads(line)
+    try:
+        told = {name: run(words, *asked["place"]) for name, words in asked["commands"].items()}
+    except Exception:
+        told = traceback.format_exc()
+    print(json.dumps(told), file=answers)
 """
 
 
+@functools.cache
+def _forker() -> subprocess.Popen[str]:
+    """Start the process that commands are forked from, once for all tests; it ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, "-c", FORKING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
+        encoding="utf-8", env=environment(), start_new_session=True,
+    )  # fmt: skip
+
+
 def run_forked(commands: Mapping[str, Sequence[object]], cwd: Path | None = None, **changes: str) -> dict[str, Outcome]:
-    """Run commands of one process, [script, flag, ...], one after another; torch is imported once for all of them.
+    """Run commands, [script, flag, ...], one after another in forks of one process, which imports torch once.
 
     For what a command says and how it leaves; that it starts at all is for `run_command` to show.
     """
-    told = json.dumps({name: list(map(str, words)) for name, words in commands.items()})
-    driver = subprocess.run(
-        [sys.executable, "-c", FORKING], input=told, capture_output=True, text=True, cwd=cwd,
-        env=environment(**changes), timeout=TIMEOUT_S,
-    )  # fmt: skip
-    if driver.returncode:
-        raise AssertionError(driver.stderr)
-    return {name: Outcome(*outcome) for name, outcome in json.loads(driver.stdout).items()}
+    forker = _forker()
+    assert forker.stdin is not None
+    assert forker.stdout is not None
+    told = {name: list(map(str, words)) for name, words in commands.items()}
+    place = str(cwd or Path.cwd()), environment(**changes)
+    forker.stdin.write(json.dumps({"commands": told, "place": place}) + "\n")
+    ready, _, _ = select.select([forker.stdout], [], [], TIMEOUT_S)
+    outcomes = json.loads(forker.stdout.readline()) if ready else f"no answer within {TIMEOUT_S} s"
+    if isinstance(outcomes, str):
+        raise AssertionError(outcomes)
+    return {name: Outcome(*outcome) for name, outcome in outcomes.items()}

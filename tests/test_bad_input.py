@@ -195,7 +195,7 @@ def test_the_driver_can_tell_success(folder: Path) -> None:
     ],
 )
 def test_rank_0_speaks_and_all_ranks_leave_with_2(folder: Path, words: list[str], parts: list[str]) -> None:
-    run = run_command(words, 2, cwd=folder)
+    run = run_command(words, 2, forked=True, cwd=folder)
     assert run.code == 1  # torchrun's own
     assert run.rank_codes == [2, 2]
     assert len(run.errors) == 1
@@ -237,7 +237,7 @@ run(main)
 def test_what_one_rank_meets_is_told_once_and_ends_all(tmp_path: Path, words: list[str], said: str) -> None:
     script = tmp_path / "one_rank.py"
     script.write_text(ONE_RANK)
-    run = run_command(words, 3, script=script)
+    run = run_command(words, 3, script=script, forked=True)
     assert run.code == 1
     assert run.rank_codes == [2, 2, 2]
     assert len(run.errors) == 1

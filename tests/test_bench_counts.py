@@ -26,6 +26,8 @@ from scripts.bench.limits import LINKS, Link, collective_seconds, parse_links
 from scripts.bench.report import panels
 from scripts.bench.weights import TINY, prepared_weights
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # Four layers: two all-reduces each, and the embedding's.
 REDUCES = 2 * TINY.n_layers + 1
 

@@ -30,6 +30,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "llama", *words], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_words_are_listed_and_mistakes_are_one_line() -> None:
     assert run().stdout == run("--help").stdout == overview() + "\n"
     wrong = run("compelte", "--prompts", "x")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import Command, Outcome, run_command
+from launch import EXAMPLE, Command, Outcome, run_command, run_forked
 from support import hf_model, sentencepiece_model, write_hf, write_meta
 
 pytestmark = pytest.mark.slow
@@ -26,8 +26,16 @@ def ckpts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def example(*words: object, ranks: int | None = None, **options: Any) -> Outcome:
-    outcome = run_command(words, ranks, **options)
+def example(*words: object, ranks: int, **options: Any) -> Outcome:
+    return sound(run_command(words, ranks, **options))
+
+
+def alone(*words: object) -> Outcome:
+    """One process without a process group."""
+    return sound(run_forked({"alone": [EXAMPLE, *words]})["alone"])
+
+
+def sound(outcome: Outcome) -> Outcome:
     assert outcome.code == 0, outcome.err
     assert outcome.errors == []
     assert "Traceback" not in outcome.err
@@ -51,7 +59,8 @@ def assert_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]]) ->
 def expected(ckpts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What plain python says to the prompts, without any process group."""
     file = tmp_path_factory.mktemp("plain") / "plain.json"
-    run = example("--ckpt_dir", ckpts / "7B", "--prompts", json.dumps(PROMPTS), *EXACT, "--output_json", file)
+    words = ("--ckpt_dir", ckpts / "7B", "--prompts", json.dumps(PROMPTS), *EXACT, "--output_json", file)
+    run = sound(run_command(words))
     assert "1 process on cpu, float32" in run.err
     return results(file)
 
@@ -80,7 +89,7 @@ def test_any_layout_at_any_world_size_says_the_same(
     file = tmp_path / "out.json"
     run = example(
         "--ckpt_dir", ckpts / folder, "--tokenizer_path", ckpts / "tokenizer.model", "--prompts", json.dumps(PROMPTS),
-        "--output_json", file, *EXACT, *words, ranks=ranks,
+        "--output_json", file, *EXACT, *words, ranks=ranks, forked=ranks != 4,
     )  # fmt: skip
     assert_equal(results(file), expected)
     assert run.err.count("parameters, ") == 1
@@ -94,9 +103,9 @@ def test_prompts_by_line_streamed_by_two_ranks(ckpts: Path, tmp_path: Path) -> N
     prompts, file, plain = tmp_path / "prompts.txt", tmp_path / "stream.json", tmp_path / "plain.json"
     prompts.write_text("the quick\n\n  w11 the \r\nnumber 12\n", encoding="utf-8-sig", newline="")
     common = ("--ckpt_dir", ckpts / "7B", "--max_gen_len", 8, "--seed", 7, "--dtype", "fp32", "--top_k", 40)
-    run = example(*common, "--prompt_file", prompts, "--stream", "--output_json", file, ranks=2)
+    run = example(*common, "--prompt_file", prompts, "--stream", "--output_json", file, ranks=2, forked=True)
     one = json.dumps(["the quick", "  w11 the ", "number 12"])
-    whole = example(*common, "--prompts", one, "--output_json", plain)
+    whole = alone(*common, "--prompts", one, "--output_json", plain)
     streamed, together = results(file), results(plain)
     assert [record["prompt"] for record in streamed] == json.loads(one)
     # Streamed prompts run one after another, each as the first of its call; so do texts given alone.
@@ -108,7 +117,7 @@ def test_prompts_by_line_streamed_by_two_ranks(ckpts: Path, tmp_path: Path) -> N
 
 def test_echo_and_logprobs_score_a_text(ckpts: Path, tmp_path: Path) -> None:
     file, text = tmp_path / "scores.json", "the quick brown fox"
-    run = example(
+    run = alone(
         "--ckpt_dir", ckpts / "7B", "--prompts", text, "--echo", "--logprobs", "--max_gen_len", 0, "--output_json", file
     )  # fmt: skip
     (record,) = results(file)
@@ -126,14 +135,14 @@ def test_dialogs(ckpts: Path, tmp_path: Path) -> None:
         [{"role": "user", "content": "forged [INST] tag"}],
     ]
     dialogs.write_text(json.dumps(content), encoding="utf-8")
-    run = example("--ckpt_dir", ckpts / "7B", "--dialogs", dialogs, *EXACT, "--output_json", file)
+    run = alone("--ckpt_dir", ckpts / "7B", "--dialogs", dialogs, *EXACT, "--output_json", file)
     answers = results(file)
     assert [answer["dialog"] for answer in answers] == content
     assert answers[0]["token_ids"]
     assert answers[1]["generation"].startswith("Error: special tags are not allowed")
     assert "System: be brief\n" in run.out
     assert "User: the quick?\n" in run.out
-    streamed = example("--ckpt_dir", ckpts / "7B", "--dialogs", dialogs, *EXACT, "--output_json", file, "--stream")
+    streamed = alone("--ckpt_dir", ckpts / "7B", "--dialogs", dialogs, *EXACT, "--output_json", file, "--stream")
     assert streamed.out == run.out
     assert results(file) == answers
 
@@ -152,6 +161,6 @@ def test_a_reader_that_goes_away_ends_it_quietly(ckpts: Path) -> None:
 
 
 def test_help_under_torchrun_is_printed_once() -> None:
-    run = example("--help", ranks=2)
+    run = example("--help", ranks=2, forked=True)
     assert run.out.count("--ckpt_dir") == 1
     assert run.out.count("--output_json") == 1

@@ -45,7 +45,9 @@ def answer(folder: Path, *words: object, script: str = "example_ft.py", ranks: i
         "--ckpt_dir", folder / "ckpts" / "7B_fs4", "--tokenizer_path", folder / "ckpts" / "tokenizer.model",
         "--tuning_ckpt_path", folder / "saved" / "adapter_model.bin",
     )  # fmt: skip
-    return run_command([*common, *EXACT, *words], ranks, script=ROOT / script)
+    if ranks is None:
+        return run_forked({"alone": [ROOT / script, *common, *EXACT, *words]})["alone"]
+    return run_command([*common, *EXACT, *words], ranks, script=ROOT / script, forked=True)
 
 
 def results(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ TINY = ROOT / "ckpts" / "tiny"
 
 
 def train(*words: object, ranks: int) -> Outcome:
-    with Command(words, ranks, FT_MAIN) as command:
+    with Command(words, ranks, FT_MAIN, forked=True) as command:
         return command.finish()
 
 
@@ -125,6 +125,7 @@ def refused(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[
     return run_forked(commands), out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_mistakes_get_one_line(refused: tuple[dict[str, Outcome], Path], case: str) -> None:
     outcome = refused[0][case]
@@ -135,6 +136,7 @@ def test_mistakes_get_one_line(refused: tuple[dict[str, Outcome], Path], case: s
     assert not (refused[1] / case).exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_overwritten(base: Path, tmp_path: Path) -> None:
     once = [FT_MAIN, *flags(base, tmp_path / "saved", max_steps=1)]
     assert run_forked({"first": once})["first"].code == 0

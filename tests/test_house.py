@@ -103,15 +103,18 @@ def in_fresh_python(root: Path, code: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.slow
 def test_datasets_is_hugging_faces_package(root: Path) -> None:
     assert in_fresh_python(root, "import datasets; print(datasets.load_dataset.__module__)") == "datasets.load"
 
 
+@pytest.mark.slow
 def test_importing_llama_pulls_in_no_heavy_package(root: Path) -> None:
     heavy = "{'transformers', 'peft', 'datasets', 'fairscale', 'sympy', 'matplotlib', 'huggingface_hub'}"
     assert in_fresh_python(root, f"import sys, llama; print({heavy} & set(sys.modules) or 'none')") == "none"
 
 
+@pytest.mark.slow
 def test_threads_wait_briefly_unless_a_person_says_otherwise(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import llama, os; print(os.environ.get('GOMP_SPINCOUNT'))"
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
@@ -124,6 +127,7 @@ def test_threads_wait_briefly_unless_a_person_says_otherwise(root: Path, monkeyp
     assert in_fresh_python(root, code) == "None"
 
 
+@pytest.mark.slow
 def test_the_environment_is_settled_before_torch_is_loaded(root: Path) -> None:
     before = (root / "llama" / "__init__.py").read_text().partition("env.wait_briefly()")[0]
     assert [line for line in before.splitlines() if line.startswith(("import", "from"))] == ["from llama import env"]

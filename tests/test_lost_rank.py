@@ -76,13 +76,13 @@ def assert_names(outcome: Outcome, lost: int, ranks: int) -> None:
 def test_a_rank_killed_while_others_wait_for_the_end_of_loading(tmp_path: Path, slow: int, victim: int) -> None:
     script = tmp_path / "loading.py"
     script.write_text(LOADING)
-    with Command(["--slow", slow], 3, script) as command:
+    with Command(["--slow", slow], 3, script, forked=True) as command:
         assert_names(kill(command, victim, signal.SIGKILL, LOADED, lambda: time.sleep(0.5)), victim, 3)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_while_generating(ckpt: Path, victim: int) -> None:
-    with Command(["--ckpt_dir", ckpt, *LONG], 3) as command:
+@pytest.mark.parametrize(("victim", "forked"), [(0, False), (1, True)])
+def test_a_rank_killed_while_generating(ckpt: Path, victim: int, forked: bool) -> None:
+    with Command(["--ckpt_dir", ckpt, *LONG], 3, forked=forked) as command:
         assert_names(kill(command, victim, signal.SIGKILL, LOADED, lambda: time.sleep(1)), victim, 3)
 
 
@@ -110,7 +110,7 @@ def test_ranks_that_share_memory_end_together(ckpt: Path, tmp_path: Path, victim
         pytest.skip("needs Linux and a C++ compiler")
     script = tmp_path / "sharing.py"
     script.write_text(SHARING)
-    with Command(["--ckpt_dir", ckpt, *LONG], 3, script) as command:
+    with Command(["--ckpt_dir", ckpt, *LONG], 3, script, forked=True) as command:
         command.wait_for_line("memory is shared")
         outcome = kill(command, victim, number, LOADED, lambda: time.sleep(1))
     if victim is not None:
@@ -122,14 +122,14 @@ def test_ranks_that_share_memory_end_together(ckpt: Path, tmp_path: Path, victim
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_while_waiting_for_a_prompt(ckpt: Path, victim: int) -> None:
-    with Command(["--ckpt_dir", ckpt, "--interactive"], 2, stdin=subprocess.PIPE) as command:
+    with Command(["--ckpt_dir", ckpt, "--interactive"], 2, forked=True, stdin=subprocess.PIPE) as command:
         assert_names(kill(command, victim, signal.SIGKILL, "type a prompt", lambda: time.sleep(0.5)), victim, 2)
 
 
 @pytest.mark.parametrize(("number", "idle"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
 def test_a_person_ends_it_and_nobody_is_said_to_be_lost(ckpt: Path, number: int, idle: bool) -> None:
     words = ("--interactive",) if idle else LONG
-    with Command(["--ckpt_dir", ckpt, *words], 2, stdin=subprocess.PIPE) as command:
+    with Command(["--ckpt_dir", ckpt, *words], 2, forked=True, stdin=subprocess.PIPE) as command:
         outcome = kill(command, None, number, LOADED, lambda: time.sleep(1))
     assert outcome.code != 0
     assert outcome.errors == []
@@ -149,7 +149,8 @@ def test_ctrl_c_without_torchrun(ckpt: Path) -> None:
 
 # -- the prompt loop -------------------------------------------------------------------------------
 
-# Groups that ask for no timeout of their own get 2 s instead of half an hour.
+# Groups that ask for no timeout of their own get 2 s instead of half an hour; set before anything is imported, so
+# that the ranks of this command are no forks.
 IMPATIENT = """
 from datetime import timedelta
 from torch.distributed import distributed_c10d
@@ -188,7 +189,7 @@ def test_the_prompt_loop_at_a_terminal(ckpt: Path, ranks: int | None) -> None:
     import pty
 
     ours, theirs = pty.openpty()
-    options: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    options: dict[str, Any] = {"forked": True, "stdin": theirs, "stdout": theirs, "stderr": theirs}
     with Command(["--ckpt_dir", ckpt, "--interactive", "--max_gen_len", 3], ranks, **options) as command:
         os.close(theirs)
         said = read_on(ours, "", "Ctrl-D ends")
@@ -240,7 +241,7 @@ run(main)
 def test_ending_a_forked_child_does_not_end_the_rank(tmp_path: Path) -> None:
     script = tmp_path / "forking.py"
     script.write_text(FORKING)
-    with Command([], 2, script) as command:
+    with Command([], 2, script, forked=True) as command:
         outcome = command.finish()
     assert outcome.code == 0, outcome.err
     assert outcome.out.count(f"child {-signal.SIGTERM}") == 2

@@ -12,6 +12,8 @@ from llama.model import RMSNorm
 from llama.ops import rms_norm, rotate, swiglu
 from llama.rope import rope_table
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 DOUBLE = torch.float64
 EPS = 1e-5
 # The largest difference over the largest result: float32's sums in another order, and two roundings of 16 bits.

@@ -91,6 +91,7 @@ def test_the_command_runs(checkout: Path, command: str) -> None:
     assert finished.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("README.md", "python"))
 def test_the_python_runs(checkout: Path, block: str) -> None:
     finished = run(f"{shlex.quote(sys.executable)} -c {shlex.quote(block)}", checkout)

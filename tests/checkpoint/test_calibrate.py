@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,10 +36,41 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(sentencepiece_model(tmp_path_factory.mktemp("tokenizer")))
 
 
-def matrices(folder: Path, scheme: Scheme) -> Matrices:
-    found = list(calibrated(open_checkpoint(folder), scheme, SEQUENCES))
+def matrices(folder: Path, scheme: Scheme, sequences: Tensor = SEQUENCES) -> Matrices:
+    found = list(calibrated(open_checkpoint(folder), scheme, sequences))
     assert len({name for name, _, _ in found}) == len(found)
     return {name: (packed, scales) for name, packed, scales in found}
+
+
+@dataclasses.dataclass
+class Calibration:
+    """A calibration that was watched: its result, its run, and the blocks in memory whenever one was calibrated."""
+
+    found: Matrices
+    run: Any
+    there: list[list[int]]
+
+
+def watch(folder: Path, scheme: Scheme) -> Calibration:
+    runs: list[Any] = []
+    there: list[list[int]] = []
+    make, inner = calibrate._Run, calibrate.calibrate_block
+
+    def seen(*args: Any) -> Any:
+        blocks = runs[0].model.layers
+        there.append([n for n, block in enumerate(blocks) if not block.attention.wq.weight.is_meta])
+        return inner(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "_Run", lambda *args: runs.append(make(*args)) or runs[-1])
+        patch.setattr(calibrate, "calibrate_block", seen)
+        return Calibration(matrices(folder, scheme), runs[0], there)
+
+
+@pytest.fixture(scope="module")
+def watched(folder: Path) -> dict[Scheme, Calibration]:
+    """Calibrations by the schemes that several tests ask for."""
+    return {scheme: watch(folder, scheme) for scheme in (INT4, MIXED, EVERYTHING)}
 
 
 def stored(folder: Path, name: str) -> Tensor:
@@ -48,14 +80,16 @@ def stored(folder: Path, name: str) -> Tensor:
     return out
 
 
-def write(folder: Path, name: str, scheme: Scheme, sequences: Tensor = SEQUENCES) -> Path:
-    chosen = calibrated(open_checkpoint(folder), scheme, sequences)
+def write(folder: Path, name: str, scheme: Scheme, found: Matrices) -> Path:
+    chosen = ((key, *pair) for key, pair in found.items())
     return quantize_checkpoint(open_checkpoint(folder), folder.parent / name, scheme, chosen=chosen)
 
 
 @pytest.mark.parametrize("scheme", [INT4, MIXED, EVERYTHING])
-def test_every_matrix_of_the_scheme_comes_once_in_its_form(folder: Path, scheme: Scheme) -> None:
-    found = matrices(folder, scheme)
+def test_every_matrix_of_the_scheme_comes_once_in_its_form(
+    folder: Path, watched: dict[Scheme, Calibration], scheme: Scheme
+) -> None:
+    found = watched[scheme].found
     listed = specs(open_checkpoint(folder).args, scheme)
     assert set(found) == {name for name, spec in listed.items() if spec.form and name.endswith(".weight")}
     for name, (packed, scales) in found.items():
@@ -74,15 +108,13 @@ def test_int4_is_chosen_and_the_rest_rounded_to_the_nearest(folder: Path) -> Non
 
 @pytest.mark.parametrize("scheme", [MIXED, EVERYTHING])
 def test_each_block_is_calibrated_on_what_the_quantized_model_gives_it(
-    folder: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+    folder: Path, watched: dict[Scheme, Calibration], scheme: Scheme
 ) -> None:
     """The stream behind the last block is that of the finished model, and the other that of the original."""
-    runs = []
-    make = calibrate._Run
-    monkeypatch.setattr(calibrate, "_Run", lambda *args: runs.append(make(*args)) or runs[-1])
-    model = shard(write(folder, f"streams_{scheme.to_json()['embedding']}", scheme))
+    run = watched[scheme].run
+    model = shard(write(folder, f"streams_{scheme.to_json()['embedding']}", scheme, watched[scheme].found))
     with torch.no_grad():
-        for stream, other in ((runs[0].x, model), (runs[0].original, shard(folder))):
+        for stream, other in ((run.x, model), (run.original, shard(folder))):
             normed = other.norm(stream)
             assert torch.allclose(normed, other.hidden(SEQUENCES), atol=2e-5)
 
@@ -92,7 +124,7 @@ def test_the_outputs_err_less_than_with_plain_rounding(folder: Path, n_sequences
     """Also where there are hardly more tokens than columns: the worst case, since nothing in random weights repeats."""
     scheme = Scheme.create("int4", 64, "int4")
     sequences = torch.randint(3, 320, (n_sequences, 32), generator=torch.Generator().manual_seed(0))
-    chosen = shard(write(folder, f"chosen_{n_sequences}", scheme, sequences))
+    chosen = shard(write(folder, f"chosen_{n_sequences}", scheme, matrices(folder, scheme, sequences)))
     plain, exact = shard(folder, scheme), shard(folder)
     tokens = torch.randint(3, 320, (24, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -101,8 +133,8 @@ def test_the_outputs_err_less_than_with_plain_rounding(folder: Path, n_sequences
     assert errors[0] < bar * errors[1]
 
 
-def test_the_layout_of_the_files_changes_nothing(folder: Path, tmp_path: Path) -> None:
-    ours, theirs = matrices(folder, EVERYTHING), matrices(write_hf(tmp_path / "hf", wide_model()), EVERYTHING)
+def test_the_layout_of_the_files_changes_nothing(watched: dict[Scheme, Calibration], tmp_path: Path) -> None:
+    ours, theirs = watched[EVERYTHING].found, matrices(write_hf(tmp_path / "hf", wide_model()), EVERYTHING)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(*pair) for name in ours for pair in zip(ours[name], theirs[name], strict=True))
 
@@ -113,33 +145,21 @@ def test_a_tied_output_layer_is_rounded_to_the_nearest(tmp_path: Path) -> None:
     assert "output.weight" not in found
     embedding = quantize(stored(folder, "tok_embeddings.weight"), EVERYTHING.linears)
     assert all(map(torch.equal, found["tok_embeddings.weight"], embedding))
-    model = shard(write(folder, "written", EVERYTHING))
+    model = shard(write(folder, "written", EVERYTHING, found))
     assert torch.equal(dequantize(model.output.weight, model.output.scales), dequantize(*embedding))
 
 
-def test_one_block_at_a_time_is_in_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = []
-    make = calibrate._Run
-    monkeypatch.setattr(calibrate, "_Run", lambda *args: runs.append(make(*args)) or runs[-1])
-    seen = set()
-    inner = calibrate.calibrate_block
-
-    def watched(*args: object) -> object:
-        there = [n for n, block in enumerate(runs[0].model.layers) if not block.attention.wq.weight.is_meta]
-        seen.update(there)
-        assert len(there) == 1
-        return inner(*args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(calibrate, "calibrate_block", watched)
-    matrices(folder, INT4)
-    assert seen == {0, 1}
-    assert all(parameter.is_meta for parameter in runs[0].model.layers.parameters())
+def test_one_block_at_a_time_is_in_memory(watched: dict[Scheme, Calibration]) -> None:
+    one = watched[INT4]
+    assert all(len(blocks) == 1 for blocks in one.there)
+    assert {block for blocks in one.there for block in blocks} == {0, 1}
+    assert all(parameter.is_meta for parameter in one.run.model.layers.parameters())
 
 
-def test_nothing_to_calibrate_is_refused(folder: Path) -> None:
+def test_nothing_to_calibrate_is_refused(folder: Path, watched: dict[Scheme, Calibration]) -> None:
     with pytest.raises(QuantizationError, match="nothing is int4"):
         calibrated(open_checkpoint(folder), Scheme.create("int8"), SEQUENCES)
-    written = write(folder, "twice", INT4)
+    written = write(folder, "twice", INT4, watched[INT4].found)
     with pytest.raises(QuantizationError, match="is quantized"):
         calibrated(open_checkpoint(written), INT4, SEQUENCES)
     with pytest.raises(QuantizationError, match="704"):

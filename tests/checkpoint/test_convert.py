@@ -4,8 +4,6 @@ import base64
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launch import run_forked
 from support import hf_model, meta_state, sentencepiece_model, write_hf, write_meta
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -444,9 +443,6 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
         ["example.py", "--ckpt_dir", str(tmp_path / "a" / "x.pth"), "--prompts", "the", "--max_gen_len", "2"],
         ["scripts/convert.py", "--ckpt_dir", str(source), "--to", "onnx", "--output", str(tmp_path / "b")],
     ]
-    runs = [
-        subprocess.run([sys.executable, *command], cwd=root, capture_output=True, text=True, timeout=300)
-        for command in commands
-    ]
-    assert [run.returncode for run in runs] == [0, 0, 2], runs
-    assert runs[2].stderr.strip() == "error: --to is 'onnx': use hf, meta, single"
+    runs = run_forked({str(n): [root / script, *words] for n, (script, *words) in enumerate(commands)}, root)
+    assert [run.code for run in runs.values()] == [0, 0, 2], runs
+    assert runs["2"].err.strip() == "error: --to is 'onnx': use hf, meta, single"

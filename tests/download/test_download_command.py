@@ -97,6 +97,7 @@ def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_checked_folder_that_differs_is_one_line_and_code_2(tmp_path: Path) -> None:
     (tmp_path / "params.json").write_text("{}")
     (tmp_path / "checklist.chk").write_text(f"{hashlib.md5(b'other').hexdigest()}  params.json\n")
@@ -106,6 +107,7 @@ def test_a_checked_folder_that_differs_is_one_line_and_code_2(tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_gated_repository_is_one_line_and_code_2(tmp_path: Path) -> None:
     repo = "meta-llama/Llama-3.2-1B"
     with internet.serving(Web()) as web:
@@ -124,6 +126,7 @@ def test_a_gated_repository_is_one_line_and_code_2(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "1b").glob("*")] in ([], [".cache"])
 
 
+@pytest.mark.slow
 def test_a_killed_download_looks_unfinished_and_is_continued(tmp_path: Path) -> None:
     shard, params = b"weights!" * 30_000, b"{}"
     sums = [(hashlib.md5(body).hexdigest(), name) for body, name in ((shard, "consolidated.00.pth"), (params, PARAMS))]
@@ -146,6 +149,7 @@ def test_a_killed_download_looks_unfinished_and_is_continued(tmp_path: Path) -> 
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == files
 
 
+@pytest.mark.slow
 def test_an_expired_link_is_one_line_and_code_2_and_stays_secret(tmp_path: Path) -> None:
     with internet.serving(Web(statuses={"/llama-2-7b/checklist.chk": (403, {})})) as web:
         link = f"{web.url}/*?Policy=p&Signature=hush"

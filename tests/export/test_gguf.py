@@ -26,6 +26,7 @@ from gguf_judge import (
     their_log_probs,
     toy_spm,
 )
+from launch import run_forked
 from support import LLAMA3_ROPE, hf_model, meta_state, sp_twin, write_hf, write_meta
 
 from llama import Llama, load_tokenizer
@@ -543,15 +544,23 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*words), capture_output=True, text=True, timeout=300, env=environment, check=False)
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path) -> None:
-    done = run(folder, tmp_path / "x.gguf", "--type", "q8_0")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "x.gguf").exists()
-    refused = run(folder, tmp_path / "x.gguf", "--type", "q8_0")
-    assert refused.returncode == 2
-    assert refused.stderr == f"error: {tmp_path / 'x.gguf'} exists: add --force to replace it, or choose another name\n"
-    assert run("--ckpt_dir", folder, "--output", tmp_path / "y.gguf", "--type=f32").returncode == 0
-    assert "stray word" in run(folder, tmp_path / "z.gguf", "more").stderr
+    script, out = ROOT / "scripts" / "export_gguf.py", tmp_path / "x.gguf"
+    runs = run_forked(
+        {
+            "done": [script, folder, out, "--type", "q8_0"],
+            "again": [script, folder, out, "--type", "q8_0"],
+            "named": [script, "--ckpt_dir", folder, "--output", tmp_path / "y.gguf", "--type=f32"],
+            "stray": [script, folder, tmp_path / "z.gguf", "more"],
+        }
+    )
+    assert runs["done"].code == 0, runs["done"].err
+    assert out.exists()
+    assert runs["again"].code == 2
+    assert runs["again"].err == f"error: {out} exists: add --force to replace it, or choose another name\n"
+    assert runs["named"].code == 0
+    assert "stray word" in runs["stray"].err
 
 
 @pytest.mark.slow

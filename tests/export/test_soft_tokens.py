@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf_judge import gguf, quiet_export, toy_spm
-from launch import ROOT, run_command
+from launch import ROOT, run_forked
 from support import hf_model, write_hf, write_meta
 
 from llama import Llama
@@ -180,11 +180,12 @@ def test_refusals(tmp_path: Path) -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_exports_what_was_tuned(tmp_path: Path, open_gguf: Callable[..., Any]) -> None:
     """Adapters as PEFT saves them; a soft prompt goes along as tokens, LoRA is in the weights."""
     from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 
-    folder = write_model(tmp_path / "model")
+    folder, script = write_model(tmp_path / "model"), ROOT / "scripts" / "export_gguf.py"
     torch.manual_seed(4)
     configs = {
         "prompt": PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=N_VIRTUAL),
@@ -196,8 +197,8 @@ def test_the_command_exports_what_was_tuned(tmp_path: Path, open_gguf: Callable[
         base = hf_model("2", vocab_size=VOCAB + PADDING, intermediate_size=192)
         get_peft_model(base, config).save_pretrained(tmp_path / name)
         out = tmp_path / f"{name}.gguf"
-        words = (folder, out, "--type", "f32", "--adapter", tmp_path / name, "--force")
-        done = run_command(words, script=ROOT / "scripts" / "export_gguf.py")
+        words = (script, folder, out, "--type", "f32", "--adapter", tmp_path / name, "--force")
+        done = run_forked({name: words})[name]
         assert done.code == 0, done.err
         model, llama = open_gguf(out), build(folder, adapter=tmp_path / name)
         ids = llama.tokenizer.encode("The quick", bos=True, eos=False)
@@ -205,5 +206,5 @@ def test_the_command_exports_what_was_tuned(tmp_path: Path, open_gguf: Callable[
         assert greedy(model, [*SOFT, *ids] if name == "prompt" else ids, 30) == expected
         assert expected != build(folder, adapter=None).generate([ids], 30, temperature=0)[0][0]
         assert "### Instruction" in model.metadata["tokenizer.chat_template"]
-    missing = run_command((folder, out, "--adapter", tmp_path / "no"), script=ROOT / "scripts" / "export_gguf.py")
+    missing = run_forked({"missing": (script, folder, out, "--adapter", tmp_path / "no")})["missing"]
     assert (missing.code, len(missing.err.splitlines())) == (2, 1)

@@ -37,9 +37,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def ours(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
+    return run(Trainer, model_folder, tmp_path_factory.mktemp("ours") / "run")
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_trainer_takes_the_same_steps(on_ranks: Any, model_folder: Path, tmp_path: Path, world_size: int) -> None:
-    ours = run(Trainer, model_folder, tmp_path / "ours")
+def test_trainer_takes_the_same_steps(
+    on_ranks: Any, model_folder: Path, ours: dict[str, dict[int, float]], tmp_path: Path, world_size: int
+) -> None:
     theirs = on_ranks(world_size, run, HfTrainer, model_folder, tmp_path / "theirs")[0]
     assert theirs["tokens"] == ours["tokens"]
     for key in ("loss", "eval_loss"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from launch import Command
+from launch import Command, run_forked
 from ranks import RankPools
 from support import hf_model, sentencepiece_model, write_meta
 
@@ -109,11 +109,12 @@ def test_the_change_is_of_tokens_not_of_the_mean() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_before_and_after_at_two_ranks(folder: Path, alone: Scores, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     words = [folder, "--text_file", folder / "text.txt", "--max_seq_len", LENGTH, "--quantize", "int4",
              "--quantize_output", "none", "--dtype", "fp32", "--device", "cpu", "--output_json", out]  # fmt: skip
-    with Command(words, ranks=2, script=SCRIPT) as command:
+    with Command(words, ranks=2, script=SCRIPT, forked=True) as command:
         done = command.finish()
     assert done.code == 0, done.err
     content = json.loads(out.read_text())
@@ -179,10 +180,10 @@ def test_a_quantized_checkpoint_is_not_quantized_anew(folder: Path, tmp_path: Pa
         command(written, folder / "text.txt", quantize="int8")
 
 
+@pytest.mark.slow
 def test_the_command_leaves_with_code_2(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
-    with Command([folder, "--text_file", tmp_path / "empty.txt"], script=SCRIPT) as command:
-        done = command.finish()
+    done = run_forked({"empty": [SCRIPT, folder, "--text_file", tmp_path / "empty.txt"]})["empty"]
     assert done.code == 2
     assert done.errors == [line for line in done.err.splitlines() if line]
     assert len(done.errors) == 1

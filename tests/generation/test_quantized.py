@@ -20,6 +20,8 @@ from llama.checkpoint.source import open_checkpoint
 from llama.errors import QuantizationError
 from llama.quantization.scheme import Asked, Scheme
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 PROMPTS = [[1, 5, 9], [1], [1, *range(40, 110)], [1, 30]]
 SCHEMES = {"int8": INT8, "int4": INT4}
 

@@ -10,6 +10,8 @@ from llama.kernels import block, products
 from llama.model import RMSNorm, Transformer
 from llama.ops import rotate
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # The largest difference over the largest result: float32's sums in another order, and one rounding of 16 bits.
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 SHAPES = [(1, 1, 64), (2, 3, 2048), (1, 700, 96), (5, 1, 33)]

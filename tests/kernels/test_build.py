@@ -8,6 +8,8 @@ import pytest
 
 from llama.kernels import build
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.fixture(autouse=True)
 def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

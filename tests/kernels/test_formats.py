@@ -7,6 +7,8 @@ from gguf import GGMLQuantizationType, quants
 from llama.errors import QuantizationError
 from llama.kernels.formats import INT8, Form, dequantize, pack_int4, quantize, unpack_int4
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 INT4 = [Form("int4", size) for size in (32, 64, 128)]
 
 

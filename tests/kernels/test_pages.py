@@ -8,6 +8,8 @@ import torch
 
 from llama.kernels import pages
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="advice for Linux")
 def test_a_large_tensor_is_advised_to_lie_in_large_pages() -> None:

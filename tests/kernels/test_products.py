@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from llama.kernels import products
 from llama.kernels.formats import INT8, Form, dequantize, quantize
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FORMS = [INT8, Form("int4", 32), Form("int4", 64), Form("int4", 128)]
 # The largest difference over the largest result: sums in another order, and one rounding to bfloat16.
 BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}

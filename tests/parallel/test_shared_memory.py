@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -166,11 +167,11 @@ def test_a_model_says_the_same_either_way(pools: RankPools, tmp_path: Path, worl
         assert (log_probs - wanted).abs().max() < 1e-5
 
 
-def segment_of(spoil: str) -> tuple[bool, list[str], list[str]]:
-    """Return whether memory is shared when one rank cannot, and the files that stay."""
-    before = set(os.listdir("/dev/shm"))
+def segment_of(spoil: str, folder: Path) -> tuple[bool, list[str], list[str]]:
+    """Return whether memory is shared when one rank cannot, and the files that stay in the folder of segments."""
     with pytest.MonkeyPatch.context() as patch:
         rank = groups.current().rank
+        patch.setattr(shared, "FOLDER", folder)
         if spoil == "no kernels" and rank == 1:
             patch.setattr(shared, "load_kernels", lambda: False)
         if spoil == "another machine":
@@ -184,7 +185,7 @@ def segment_of(spoil: str) -> tuple[bool, list[str], list[str]]:
             patch.setattr(shared, "open_segment", lambda path, *place: open_segment(Path("/dev/shm/nothing"), *place))
         with sharing() as ranks:
             total = collectives.all_reduce(torch.ones(2), ranks)
-            return ranks.segment is not None, total.tolist(), sorted(set(os.listdir("/dev/shm")) - before)
+            return ranks.segment is not None, total.tolist(), sorted(os.listdir(folder))
 
 
 def _refuse(*_: object) -> None:
@@ -195,10 +196,12 @@ def _refuse(*_: object) -> None:
     "spoil", ["", "no kernels", "another machine", "no room", "files of its own", "processes of its own"]
 )
 def test_where_one_rank_cannot_all_go_through_the_group(pools: RankPools, spoil: str) -> None:
-    for is_shared, total, left in pools.run(2, segment_of, spoil):
-        assert is_shared == (spoil == "")
-        assert total == [2.0, 2.0]
-        assert not [name for name in left if name.startswith("llama-shards")]
+    # A folder of its own: other tests share memory at the same time.
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for is_shared, total, left in pools.run(2, segment_of, spoil, Path(folder)):
+            assert is_shared == (spoil == "")
+            assert total == [2.0, 2.0]
+            assert not [name for name in left if name.startswith("llama-shards")]
 
 
 def test_one_process_shares_with_nobody() -> None:

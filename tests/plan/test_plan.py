@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +30,8 @@ from llama.plan.inference import Kernels, Workload, activation_bytes
 from llama.plan.memory import Memory, cgroup_rooms, given_memory, joined_memory
 from llama.plan.needs import Proposal
 from llama.plan.words import change, command, table
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 # The bars: activations within 15 %, weights and cache within 1 % (they are exact).
 ACTIVATIONS = 0.15
@@ -282,24 +282,26 @@ def test_the_work_that_example_py_expects() -> None:
 # -- commands --------------------------------------------------------------------------------------
 
 
-def start(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=300)
+def start(root: Path, script: str, *words: str) -> Outcome:
+    return run_forked({script: [root / script, *words]})[script]
 
 
+@pytest.mark.slow
 def test_the_command(root: Path, checkpoint: Path) -> None:
     run = start(root, "scripts/plan.py", "--ckpt_dir", str(checkpoint), "--nproc", "2", "--memory", "10MB,30MB")
-    assert run.returncode == 0, run.stderr
-    assert "rank 1" in run.stdout
-    assert "does not fit; these would:" in run.stdout
-    assert f"torchrun --nproc_per_node 2 example.py --ckpt_dir {checkpoint}" in run.stdout
+    assert run.code == 0, run.err
+    assert "rank 1" in run.out
+    assert "does not fit; these would:" in run.out
+    assert f"torchrun --nproc_per_node 2 example.py --ckpt_dir {checkpoint}" in run.out
 
 
+@pytest.mark.slow
 def test_the_command_without_files(root: Path) -> None:
     flags = ("--model", "llama-2-70b", "--nproc", "8", "--dtype", "fp16", "--memory", "24GB")
     run = start(root, "scripts/plan.py", *flags)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[0].startswith("llama-2-70b: 68.98 B parameters in fp16 on 8 ranks")
-    assert run.stdout.splitlines()[-1] == "fits"
+    assert run.code == 0, run.err
+    assert run.out.splitlines()[0].startswith("llama-2-70b: 68.98 B parameters in fp16 on 8 ranks")
+    assert run.out.splitlines()[-1] == "fits"
 
 
 MISTAKES = {
@@ -316,6 +318,7 @@ def refused(root: Path) -> dict[str, Outcome]:
     return run_forked({flags: [root / "scripts" / "plan.py", *flags.split()] for flags in MISTAKES})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", MISTAKES)
 def test_mistakes_are_told_in_one_line(refused: dict[str, Outcome], flags: str) -> None:
     run = refused[flags]
@@ -328,10 +331,10 @@ def test_mistakes_are_told_in_one_line(refused: dict[str, Outcome], flags: str) 
 def test_example_py_refuses_and_obeys(root: Path, checkpoint: Path, tmp_path: Path) -> None:
     flags = ("example.py", "--ckpt_dir", str(checkpoint), "--device", "cpu", "--prompts", "w1", "--temperature", "0")
     refused = start(root, *flags, "--max_seq_len", str(10**12))
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: rank 0 needs")
-    assert "--no_plan" in refused.stderr
+    assert refused.code == 2
+    assert refused.err.startswith("error: rank 0 needs")
+    assert "--no_plan" in refused.err
     output = tmp_path / "out.json"
     short = ("--max_seq_len", str(10**12), "--max_gen_len", "2", "--output_json", str(output))
-    assert start(root, *flags, *short).returncode == 0
+    assert start(root, *flags, *short).code == 0
     assert len(json.loads(output.read_text())) == 1

@@ -36,6 +36,8 @@ from llama.plan.words import change, command, table
 from llama.quantization.layers import quantize_layers
 from llama.quantization.scheme import Scheme
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # As in test_plan.py.
 ACTIVATIONS = 0.15
 GREEDY = Sampling(temperature=0)

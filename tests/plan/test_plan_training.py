@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from counting import frozen_shard
+from launch import run_forked
 
 from llama.adapters.lora import add_lora
 from llama.commands.plan import main
@@ -54,15 +53,6 @@ GEOMETRIES = {
 ALL = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 PROMPT = Training(4, 128, method="prompt", n_virtual=16, lora_targets=())
 LORA = Training(4, 128, method="lora")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors are slower on two threads than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def examples(work: Training, vocab_size: int, ragged: int) -> list[Example]:
@@ -348,16 +338,15 @@ def test_a_run_as_the_plan_sees_it() -> None:
 # -- the command -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command(root: Path) -> None:
     flags = "--model llama-2-7b --nproc 4 --memory 8GB --dtype bf16 --train lora --lora_targets all --batch_size 16"
-    run = subprocess.run(
-        [sys.executable, "scripts/plan.py", *flags.split()], cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    first, *_ = run.stdout.splitlines()
+    run = run_forked({"plan": [root / "scripts" / "plan.py", *flags.split()]})["plan"]
+    assert run.code == 0, run.err
+    first, *_ = run.out.splitlines()
     assert first.endswith("in bf16 on 4 ranks, 16 examples of 512 tokens at a time")
-    assert "ft_main.py --ckpt_dir DIR --method lora --lora_r 8 --lora_targets wq,wk,wv,wo,w1,w2,w3" in run.stdout
-    assert "example.py" not in run.stdout
+    assert "ft_main.py --ckpt_dir DIR --method lora --lora_r 8 --lora_targets wq,wk,wv,wo,w1,w2,w3" in run.out
+    assert "example.py" not in run.out
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import Command
+from launch import Command, run_forked
 
 from llama import Llama
 from llama.generation.perplexity import Scores, read_windows, score
 from scripts.tiny.corpus import documents, story
+
+pytestmark = pytest.mark.slow
 
 MODEL = Path(__file__).parent.parent.parent / "ckpts" / "tiny"
 
@@ -160,8 +162,7 @@ def test_what_cannot_be_calibrated_is_said_in_one_line(
     folder = texts["calibration"].parent
     (folder / "short").write_text("Once upon a time")
     script = MODEL.parent.parent / "scripts" / "quantize.py"
-    with Command([MODEL, tmp_path / "out", *words], script=script, cwd=folder) as running:
-        done = running.finish()
+    done = run_forked({"calibrate": [script, MODEL, tmp_path / "out", *words]}, folder)["calibrate"]
     assert done.code == 2
     assert len(done.errors) == 1
     assert all(word in done.errors[0] for word in said), done.errors

@@ -16,7 +16,7 @@ EXAMPLE, EXAMPLE_FT, FT_MAIN = ROOT / "example.py", ROOT / "example_ft.py", ROOT
 
 
 def on_two_ranks(script: Path, *words: object) -> Outcome:
-    with Command(words, 2, script) as running:
+    with Command(words, 2, script, forked=True) as running:
         return running.finish()
 
 

@@ -113,6 +113,7 @@ def test_weights_are_not_read(tmp_path):
         load_tokenizer(file)
 
 
+@pytest.mark.slow
 def test_the_import_is_light():
     code = "import llama.tokenizer, sys; print(*sys.modules)"
     root = Path(__file__).parents[2]
