@@ -41,10 +41,10 @@ LAUNCHING = {"on_ranks", "pools", "tuned_tiny"}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests that need a card where there is none, mark those that start ranks, and group them for the workers.
+    """Skip tests that need a card where there is none, and mark those that start ranks.
 
-    One worker runs all tests of a file, which share the fixtures of their module, and all users of `tuned_tiny`.
-    The files with most slow tests come first, so that the workers end at about the same time.
+    The files with most slow tests come first, so that the workers, each of which takes whole files, end at about the
+    same time. `tuned_tiny` is made by the worker that asks for it: one file alone does.
     """
     n_slow: dict[Path, int] = {}
     for item in items:
@@ -54,8 +54,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("slow")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        name = "tuned_tiny" if "tuned_tiny" in fixtures else item.path.relative_to(ROOT).as_posix()
-        item.add_marker(pytest.mark.xdist_group(name))
         n_slow[item.path] = n_slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
     if WORKER is not None:
         items.sort(key=lambda item: -n_slow[item.path])

@@ -1,4 +1,4 @@
-"""Every command of the README runs, on small checkpoints laid out as it shows them."""
+"""Every command of the README runs, on small checkpoints laid out as it shows them; the bundled run learns."""
 
 import json
 import os
@@ -12,6 +12,10 @@ import pytest
 import torch
 from support import VOCAB, hf_model, sentencepiece_model, write_meta
 from transformers import LlamaForCausalLM
+
+from llama import Llama
+from llama.data.records import read_records
+from llama.data.templates import find_template
 
 ROOT = Path(__file__).parent.parent
 # Run by whoever runs this test: `make test` itself, and the installation that it begins with; or against a server
@@ -89,6 +93,22 @@ def test_the_command_runs(checkout: Path, command: str) -> None:
     finished = run(command, checkout)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip()
+
+
+def exact_match(adapter: Path | None) -> float:
+    """The part of held-out records that the bundled model answers exactly right, greedily."""
+    llama = Llama.build(ROOT / "ckpts" / "tiny", adapter=adapter)
+    records = read_records(ROOT / "datasets" / "alpaca_tiny_heldout.json")
+    template = find_template("alpaca", llama.tokenizer)
+    prompts = [template.encode_prompt(record) for record in records]
+    answers = llama.collect(prompts, max_gen_len=24, temperature=0)
+    return sum(a.text.strip() == r.output for a, r in zip(answers, records, strict=True)) / len(records)
+
+
+@pytest.mark.slow
+def test_the_bundled_run_shows_something(tuned_tiny: Path) -> None:
+    assert exact_match(None) < 0.2
+    assert exact_match(tuned_tiny) > 0.8
 
 
 @pytest.mark.slow
