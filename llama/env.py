@@ -58,7 +58,7 @@ def notice(text: str) -> None:
 
 
 def byte_bar(total: int, task: str, leave: bool = True) -> Any:
-    """A progress bar of bytes; shown by rank 0 alone, and not where the work is so small that it would only flicker.
+    """Return a progress bar of bytes, which only rank 0 shows, and only for work long enough not to flicker.
 
     Args:
         total: bytes of the work.

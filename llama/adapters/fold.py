@@ -31,7 +31,7 @@ class FoldedTensor(SourceTensor):
     Args:
         stored: the tensor without the update.
         a, b: [r, in_features] and [out_features, r], in Meta's row order.
-        scaling: of the update.
+        scaling: factor of B A.
     """
 
     stored: SourceTensor
@@ -45,7 +45,7 @@ class FoldedTensor(SourceTensor):
         return self.stored.dtype
 
     def read(self, index: Index) -> Iterator[tuple[Index, Tensor]]:
-        """See `SourceTensor.read`; the values are wide, whatever the dtype."""
+        """Read as `SourceTensor.read` does; values are float32 or wider, whatever the dtype."""
         for where, values in self.stored.read(index):
             rows, columns = (
                 slice(whole.start + part.start, whole.start + part.stop)
@@ -55,12 +55,12 @@ class FoldedTensor(SourceTensor):
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: LoraAdapter, name: str = "lora") -> Checkpoint:
-    """The checkpoint as it reads with a LoRA folded in, a piece at a time; nothing is held or written.
+    """Return the checkpoint with a LoRA folded in while tensors are read, a piece at a time; nothing is written.
 
     Args:
         checkpoint: open.
         adapter: made for its model.
-        name: of the adapter, for the manifest of what is written.
+        name: name of the adapter, for the manifest of a written copy.
 
     Raises:
         AdapterError: when the adapter was made for another model.

@@ -1,4 +1,4 @@
-"""Carry a checkpoint into another layout: `python scripts/convert.py --ckpt_dir ckpts/7B --to hf --output 7B-hf`."""
+"""Convert a checkpoint to another layout: `python scripts/convert.py --ckpt_dir ckpts/7B --to hf --output 7B-hf`."""
 
 from llama.checkpoint.convert import convert
 from llama.cli import run
@@ -21,7 +21,7 @@ def main(
         to: hf, meta, or single (the .pth of LLMs-from-scratch).
         output: the folder to write, or the file for single.
         dtype: convert to fp32, bf16 or fp16.
-        max_shard_size: of one safetensors file, such as 5GB or 500MiB.
+        max_shard_size: size of one safetensors file at most, such as 5GB or 500MiB.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
         force: replace what an earlier conversion or split wrote.
     """

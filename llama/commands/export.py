@@ -28,10 +28,10 @@ def main(
         output: the file to write, such as model.gguf.
         type: f32, f16, bf16, q8_0 or q4_0.
         tokenizer_path: the tokenizer; by default beside the weights, or one folder up.
-        chat_format: template to carry along: auto, llama2, llama3, alpaca, plain or none; auto goes by the tokenizer,
+        chat_format: template in the file: auto, llama2, llama3, alpaca, plain or none; auto goes by the tokenizer,
             and with an adapter is alpaca.
-        context_length: tokens that the model was made for; by default as its files state, or its geometry.
-        adapter: a result of ft_main.py or PEFT: a soft prompt goes along as tokens, LoRA is folded into the weights.
+        context_length: tokens that the model was made for; by default as its files or its geometry say.
+        adapter: a result of ft_main.py or PEFT: a soft prompt becomes tokens, LoRA is folded into the weights.
         force: replace a file that exists.
     """
     checkpoint = open_checkpoint(ckpt_dir)

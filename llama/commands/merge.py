@@ -27,7 +27,7 @@ def main(
         output: the folder to write, or the file for single.
         to: hf, meta, or single (the .pth of LLMs-from-scratch); by default the layout that the checkpoint has.
         dtype: convert to fp32, bf16 or fp16.
-        max_shard_size: of one safetensors file, such as 5GB or 500MiB.
+        max_shard_size: size of one safetensors file at most, such as 5GB or 500MiB.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
         force: replace what an earlier merge, conversion or split wrote.
     """

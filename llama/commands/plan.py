@@ -1,4 +1,4 @@
-"""Will it fit? The needs of each rank beside its memory: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
+"""Memory that each rank needs beside the memory that it has: `python scripts/plan.py --ckpt_dir ckpts/7B --nproc 2`.
 
 python scripts/plan.py --model llama-2-70b --nproc 4 --dtype fp16 --memory 8GB,8GB,24GB,24GB
 python scripts/plan.py --model llama-2-7b --nproc 4 --dtype bf16 --memory 8GB --train lora --lora_r 8
@@ -48,14 +48,14 @@ def described(ckpt_dir: str | None, model: str | None) -> tuple[ModelArgs, torch
 
 
 def planned_device(device: str, is_given: bool) -> torch.device:
-    """Return the device; a card need not be here when its memory is given."""
+    """Return the device to plan for; "cuda" needs no card in this machine if its memory is given."""
     if device == "cuda" and is_given and not torch.cuda.is_available():
         return torch.device("cuda")
     return choose_device(device)
 
 
 def planned_dtype(dtype: str, device: torch.device, stored: torch.dtype, n_params: int) -> torch.dtype:
-    """Return the dtype that a run would choose; a card that is not here counts as one of 16 bits."""
+    """Return the dtype that a run would choose; a card that this machine lacks computes in fp16."""
     if dtype == "auto" and device.type == "cuda" and not torch.cuda.is_available():
         return DTYPES["fp16"]
     return choose_dtype(dtype, device, stored, n_params)
@@ -75,7 +75,7 @@ def heading(plan: Plan, name: str, args: ModelArgs) -> str:
 
 
 def advice(planner: Planner, plan: Plan, ckpt_dir: str, dtype: str, device: str) -> str:
-    """Return commands that would fit."""
+    """Return commands of runs that would fit."""
     proposals = planner.advise(plan.proposal)
     if not proposals:
         return (
@@ -100,9 +100,9 @@ def planned_work(train: str | None, max_seq_len: int, max_batch_size: int | None
 
     Args:
         train: "prompt", "lora" or None.
-        max_seq_len: of prompt and completion together, or of an example.
+        max_seq_len: tokens of prompt and completion together, or of an example.
         max_batch_size: prompts at a time; None where it was not given.
-        flags: of a training run that were typed, by name.
+        flags: flags of a training run that were typed, by name.
 
     Raises:
         UsageError: for a flag that has no meaning beside the others.
@@ -154,7 +154,7 @@ def main(
             raise LlamaError(f"{name} must be a whole number above 0, is {value}")
     where = planned_device(str(options.device), memory is not None)
     there = given_memory(memory, nproc) if memory is not None else machine_memory(where, nproc - 1)
-    # Cards that a person names may stand in another machine, of whose main memory nothing is known.
+    # Cards whose memory is given may be in another machine, whose main memory is unknown.
     host = machine_memory(torch.device("cpu")) if memory is None and where.type == "cuda" else None
     work = planned_work(train, max_seq_len, max_batch_size, training.values)
     args, file_dtype, stored, name = described(ckpt_dir, model)

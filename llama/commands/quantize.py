@@ -31,10 +31,10 @@ def main(
     """Write a checkpoint as integers with scales, which loads at any number of ranks; split_model.py cuts it.
 
     Args:
-        ckpt_dir: anything that example.py reads, but for what is quantized already.
+        ckpt_dir: anything that example.py reads and that is not quantized already.
         output: the folder to write.
         type: int8 (a scale a row) or int4 (a scale for each group of weights).
-        calibrate: a UTF-8 text of the kind that the model is for; int4's roundings are then chosen on it, by GPTQ.
+        calibrate: a UTF-8 text of the kind that the model is for; int4 is then rounded by GPTQ on that text.
         device: where calibration computes: auto, cpu, cuda or cuda:N.
         tokenizer_path: its tokenizer; by default beside the weights or one folder up.
         force: replace what an earlier quantization, split or conversion wrote.

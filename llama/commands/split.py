@@ -25,7 +25,7 @@ def main(
     Args:
         ckpt_dir: anything that example.py reads; without it, the bundled model.
         n: shards to write; 1 merges.
-        output_dir: where; by default <ckpt_dir>_fs<n>.
+        output_dir: folder to write; by default <ckpt_dir>_fs<n>.
         names: fs_consolidated or consolidated, the stem of the files.
         tensor_split: weights of the shards, such as 3,1.
         dtype: convert to fp32, bf16 or fp16.
@@ -42,7 +42,7 @@ def verify(folder: str) -> None:
     """Check every tensor of a written checkpoint against its manifest.
 
     Args:
-        folder: what split_model.py or scripts/convert.py wrote; of a single file, the .pth.json beside it.
+        folder: folder that split_model.py or scripts/convert.py wrote; for a single file, the .pth.json beside it.
     """
     path = Path(folder)
     files = [file for pattern in ("*.pth", "*.safetensors") for file in path.glob(pattern)]
@@ -53,5 +53,5 @@ def verify(folder: str) -> None:
 
 
 def start() -> None:
-    """Run `main`, or `verify` where that is the first word."""
+    """Run `main`, or `verify` if `verify` is the first word."""
     run(main, verify=verify)
