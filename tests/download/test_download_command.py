@@ -10,7 +10,7 @@ import pytest
 import web as internet
 from web import Web
 
-from llama.download import __main__ as command
+from llama.commands import download as command
 from llama.download import hub, models, presigned
 from llama.errors import UsageError
 
