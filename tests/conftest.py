@@ -27,6 +27,11 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER is not None:
     # Workers start torchrun at the same time: each of them has a port of its own in place of torchrun's default.
     os.environ.setdefault("PET_MASTER_PORT", str(29500 + int(WORKER.removeprefix("gw"))))
+    # Each worker, with all that it starts, has a core of its own: OpenMP's threads that wait for a core which another
+    # worker holds make a run of seconds one of minutes.
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(WORKER.removeprefix("gw")) % len(cores)]})
 
 # The same examples in every run, however long one takes on a busy machine.
 hypothesis.settings.register_profile(
