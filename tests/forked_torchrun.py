@@ -57,7 +57,8 @@ def become(words: list[str], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     Path("/proc/self/comm").write_text(f"rank {environment['RANK']}")
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if "OMP_NUM_THREADS" in environment:  # torchrun sets it for several ranks
+        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), "utf-8")
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", errors, write_through=True)
